@@ -1,0 +1,1 @@
+"""Built-in attacks: every module here is scanned by the registry."""

@@ -1,0 +1,1 @@
+"""Built-in certifiers: every module here is scanned by the registry."""

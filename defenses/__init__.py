@@ -1,0 +1,1 @@
+"""Built-in defenses: every module here is scanned by the registry."""

@@ -1,0 +1,32 @@
+"""Adversarial robustness on one row: what survives every attack, and whether the evaluation was sound."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+# In a wheel the plugin folders lie inside this package, in a checkout beside it.
+__path__ += [str(toml.parent) for toml in Path(__file__).resolve().parents[1].glob("pyproject.toml")]
+
+if TYPE_CHECKING:
+    from robustbench_lite.registry import attack as attack
+    from robustbench_lite.registry import certifier as certifier
+    from robustbench_lite.registry import defense as defense
+
+_FACE = {
+    "attack": "registry",
+    "certifier": "registry",
+    "defense": "registry",
+}
+__all__ = ["__version__", *_FACE]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_FACE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

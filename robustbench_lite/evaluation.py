@@ -1,0 +1,250 @@
+"""One attack against one defended model: the attack proposes, this module judges."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from robustbench_lite.defended import Defended, ask
+from robustbench_lite.noise import Noise
+from robustbench_lite.norms import by_row
+from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.plugins import Attack
+from robustbench_lite.problem import SLACK, Problem
+from robustbench_lite.threat import Goal, ThreatModel
+
+REASON = 200  # characters that a reason keeps
+ERROR = "error: "
+Target = int | Literal["next", "random", "least-likely"]
+
+
+def evaluate(
+    attack: Attack,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    seed: int = 0,
+    target: Target | None = None,
+    batch: int = 256,
+    keep_all: bool = False,
+    first_row: int = 0,
+) -> Outcome:
+    """Runs an attack on a classifier and judges what it finds.
+
+    ``model`` takes images ``x`` (N, ...) in the threat's pixel range to logits; ``y`` is (N,). The answer for an input
+    depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
+
+    Raises:
+        ValueError: where the model's answers are no logits for these labels, or the attack does not know the norm.
+    """
+    threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
+    require_norm(attack, threat)
+    defended = model if isinstance(model, Defended) else Defended(model)
+    with frozen(defended):
+        bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
+        rows = torch.arange(first_row, first_row + len(x))
+        pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
+        return Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
+
+
+def require_norm(attack: Attack, threat: ThreatModel) -> None:
+    if threat.norm.name not in attack.norms:
+        known = ", ".join(sorted(attack.norms))
+        raise ValueError(f"attack {attack.name} does not run under {threat.norm.name}; it knows {known}")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without gradients of parameters; both as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
+    """How many classes the model knows, after a look at its answers to the first inputs.
+
+    Raises:
+        ValueError: where the model raises, or its answers are not finite logits, (B, C), with C above every label.
+    """
+    if not bool(threat.inside(x).all()):
+        raise ValueError(f"inputs must lie in [{threat.lower:g}, {threat.upper:g}]; scale them, or give --bounds")
+    if y.numel() and int(y.min()) < 0:
+        raise ValueError(f"labels out of range: {int(y.min())} is negative")
+    try:
+        with torch.no_grad():
+            logits = ask(model, x[:32], 32)
+    except Exception as error:
+        raise ValueError(f"the model raises on inputs of shape {tuple(x[:32].shape)}: {one_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x[:32]) or logits.shape[1] < 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"the model must return logits of shape ({len(x[:32])}, classes), not {shape}")
+    if not logits.isfinite().all():
+        row = int((~logits.isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"the model returns NaN or infinite logits, first for input {row}")
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
+    if int(y.max()) >= logits.shape[1]:
+        raise ValueError(f"labels out of range: {int(y.max())}, but the model knows {logits.shape[1]} classes")
+    return logits.shape[1]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A defended model set up to be attacked, piece by piece."""
+
+    model: Defended
+    threat: ThreatModel
+    classes: int
+    seed: int = 0
+    target: Target | None = None
+    batch: int = 256
+    keep_all: bool = False
+
+    @property
+    def stride(self) -> int:
+        """How many inputs are attacked at once: as many whole chunks as fit a batch."""
+        return max(1, self.batch // CHUNK) * CHUNK
+
+    def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
+        """Attacks inputs at once; after an error chunk by chunk, so that one bad input costs its own chunk only."""
+        outcome = self._run(attack, x, y, rows)
+        if len(rows) > CHUNK and any(reason.startswith(ERROR) for reason in outcome.reason):
+            return [self._run(attack, *piece) for piece in zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))]
+        return [outcome]
+
+    def _run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> Outcome:
+        began, count = time.perf_counter(), len(x)
+        device = next((parameter.device for parameter in self.model.parameters()), x.device)
+        x, y = x.to(device), y.to(device)
+        with torch.no_grad():
+            logits = ask(self.model, x, self.batch)
+        if not logits.isfinite().all():
+            row = int(rows[(~logits.isfinite().all(1)).nonzero()[0, 0].cpu()])
+            raise ValueError(f"the model returns NaN or infinite logits for input {row}")
+        goal, right = self._goal(logits, y, rows), logits.argmax(1) == y
+        skipped = right & (goal.labels == y) if goal.targeted else torch.zeros_like(right)
+        attacked = right & ~skipped
+        columns: dict[str, Any] = {
+            "row": rows.numpy(),
+            "label": y.cpu().numpy(),
+            "clean": logits.argmax(1).cpu().numpy(),
+            "adversarial": np.full(count, -1),
+            "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
+            "reason": np.full(count, "", dtype=f"U{REASON}"),
+            "distance": np.full(count, np.nan),
+            "forwards": np.zeros(count, np.int64),
+            "backwards": np.zeros(count, np.int64),
+        }
+        points = x.clone()
+        if attacked.any():
+            judged = self._attack(attack, x[attacked], goal[attacked], y[attacked], rows[attacked.cpu()])
+            points[attacked] = judged.pop("points")
+            for name, values in judged.items():
+                columns[name][attacked.cpu().numpy()] = values
+        broken = np.flatnonzero(columns["status"] == BROKEN)
+        imaged = broken if self.keep_all else _first_of_each_chunk(broken, columns["row"])
+        return Outcome(
+            **columns,
+            seconds=np.full(count, (time.perf_counter() - began) / count),
+            imaged=columns["row"][imaged],
+            images=points[torch.from_numpy(imaged)].float().cpu().numpy(),
+        )
+
+    def _goal(self, logits: Tensor, y: Tensor, rows: Tensor) -> Goal:
+        if self.target is None:
+            return Goal(y)
+        if self.target == "next":
+            return Goal((y + 1) % self.classes, targeted=True)
+        if self.target == "least-likely":
+            return Goal(logits.argmin(1), targeted=True)
+        if self.target == "random":
+            ahead = 1 + Noise(self.seed, rows).at("target").integers(self.classes - 1, y.unsqueeze(1))[:, 0]
+            return Goal((y + ahead) % self.classes, targeted=True)
+        if not 0 <= self.target < self.classes:
+            raise ValueError(f"target {self.target} is no class; the model knows 0 to {self.classes - 1}")
+        return Goal(torch.full_like(y, self.target), targeted=True)
+
+    def _attack(self, attack: Attack, x: Tensor, goal: Goal, y: Tensor, rows: Tensor) -> dict[str, Any]:
+        """Lets the attack propose, and judges; columns of the attacked inputs, and the ``points`` that were judged."""
+        minimises = getattr(attack, "minimises", False)
+        threat = replace(self.threat, eps=float("inf")) if minimises else self.threat
+        problem = Problem(
+            self.model,
+            x,
+            goal,
+            threat,
+            Noise(self.seed, rows),
+            classes=self.classes,
+            access=attack.access,
+            minimises=minimises,
+            batch=self.batch,
+        )
+        candidates, failure = _propose(attack, problem, x)
+        near = problem.distance <= threat.norm.limit(threat.eps, x) + SLACK
+        admissible = threat.allows(candidates, x)
+        reason = np.full(len(x), failure, dtype=f"U{REASON}")
+        if not failure and not minimises:
+            reason[~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
+        reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
+
+        label, points = torch.full_like(y, -1), x.clone()
+        distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        for proposed, valid in ((candidates, admissible), (problem.best, near)):
+            strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
+            with torch.no_grad():
+                logits = ask(self.model, strict, self.batch)
+            size = threat.norm.size(strict.double() - x.double())
+            better = valid & goal.met(logits) & (size < distance)
+            label = torch.where(better | (valid & (label < 0) & logits.isfinite().all(1)), logits.argmax(1), label)
+            points[better], distance[better] = strict[better], size[better]
+        broken = distance.isfinite().cpu().numpy()
+        reason[broken] = ""
+        return {
+            "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
+            "reason": reason,
+            "adversarial": label.cpu().numpy(),
+            "distance": np.where(broken, distance.cpu().numpy(), np.nan),
+            "forwards": problem.forwards.cpu().numpy(),
+            "backwards": problem.backwards.cpu().numpy(),
+            "points": points,
+        }
+
+
+def _propose(attack: Attack, problem: Problem, x: Tensor) -> tuple[Tensor, str]:
+    """What the attack returns, or NaN and what went wrong: an attack's failure is a result, not ours to raise."""
+    nothing = torch.full_like(x, torch.nan)
+    try:
+        candidates = attack(problem)
+    except Exception as error:
+        return nothing, f"{ERROR}{one_line(error)}"[:REASON]
+    if not isinstance(candidates, Tensor) or candidates.shape != x.shape:
+        shape = tuple(candidates.shape) if isinstance(candidates, Tensor) else type(candidates).__name__
+        return nothing, f"{ERROR}the attack returned {shape} for a batch of {tuple(x.shape)}"
+    return candidates.detach().to(x), ""
+
+
+def _first_of_each_chunk(broken: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The first few of ``broken`` (positions) in every chunk."""
+    chunk = row[broken] // CHUNK
+    rank = np.arange(len(broken)) - np.searchsorted(chunk, chunk)
+    return broken[rank < KEPT]
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,189 @@
+"""Architectures by name, classifiers from a user's file, and what a classifier expects of its inputs."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+def _after_convolutions(shape: Shape) -> int:
+    """Positions left by two convolutions of kernel 4, stride 2, padding 1."""
+    return (shape[1] // 4) * (shape[2] // 4)
+
+
+def _cnn(shape: Shape, classes: int, widths: tuple[int, int], hidden: int) -> nn.Module:
+    first, second = widths
+    return nn.Sequential(
+        nn.Conv2d(shape[0], first, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(second * _after_convolutions(shape), hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def cnn(shape: Shape, classes: int) -> nn.Module:
+    """conv16-conv32-fc100, the MNIST net of Wong & Kolter (2018)."""
+    return _cnn(shape, classes, (16, 32), 100)
+
+
+def cnn_large(shape: Shape, classes: int) -> nn.Module:
+    """conv32-conv64-fc256, kernels of 4 with stride 2."""
+    return _cnn(shape, classes, (32, 64), 256)
+
+
+def mlp(shape: Shape, classes: int) -> nn.Module:
+    """fc256-fc128 with ReLU, for images and plain vectors alike."""
+    size = torch.Size(shape).numel()
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(size, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, classes)
+    )
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and ReLU (He et al., 2016b, figure 4e)."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(width), nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(out), nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        same = stride == 1 and width == out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(width, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pre = F.relu(self.norm1(x))
+        skip = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(pre)
+        out: Tensor = skip + self.conv2(F.relu(self.norm2(self.conv1(pre))))
+        return out
+
+
+def preact_resnet18(shape: Shape, classes: int) -> nn.Module:
+    """PreAct ResNet-18 for small images (He et al., 2016b), without a stem that shrinks them."""
+    widths = (64, 64, 128, 256, 512)
+    blocks: list[nn.Module] = []
+    for stage, (width, out) in enumerate(pairwise(widths)):
+        blocks += [PreActBlock(width, out, 2 if stage else 1), PreActBlock(out, out, 1)]
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 64, 3, 1, 1, bias=False),
+        *blocks,
+        nn.BatchNorm2d(512),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, classes),
+    )
+
+
+MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
+    "cnn": cnn,
+    "cnn-large": cnn_large,
+    "mlp": mlp,
+    "preact-resnet18": preact_resnet18,
+}
+CUSTOMARY = {"mnist": "cnn-large", "fashion-mnist": "cnn-large", "digits": "cnn", "cifar10": "preact-resnet18"}
+
+
+def customary(dataset: str, shape: Shape) -> str:
+    """The architecture that is used on a data set when none is named."""
+    return CUSTOMARY.get(dataset, "cnn" if len(shape) == 3 and min(shape[1:]) >= 4 else "mlp")
+
+
+def build(name: str, shape: Shape, classes: int, seed: int = 0) -> nn.Module:
+    """A freshly initialised model; the same seed gives the same weights, and no global random state changes.
+
+    Raises:
+        ValueError: for an unknown name, or an architecture that cannot take inputs of this shape.
+    """
+    if name not in MODELS:
+        near = get_close_matches(name, MODELS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ";"
+        raise ValueError(f"no model {name!r}{hint} There are: {', '.join(MODELS)}, and FILE.py:factory")
+    if name != "mlp" and (len(shape) != 3 or min(shape[1:]) < 4):
+        raise ValueError(f"model {name} takes images of at least 4x4 pixels, not inputs of shape {shape}; try mlp")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return MODELS[name](shape, classes)
+
+
+def is_reference(name: str) -> bool:
+    """Whether a model's name points to code, ``FILE.py:factory`` or ``package.module:factory``."""
+    return ":" in name or name.endswith(".py")
+
+
+def load_factory(reference: str) -> nn.Module:
+    """The classifier that ``FILE.py:factory`` or ``package.module:factory`` returns when called without arguments.
+
+    Raises:
+        ValueError: where there is no such file, module or factory, it raises, or it returns no ``nn.Module``.
+    """
+    place, _, attribute = reference.rpartition(":")
+    if not place or not attribute:
+        raise ValueError(f"model {reference!r} names no factory; write {reference}:NAME")
+    try:
+        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        factory = getattr(module, attribute, None)
+        if not callable(factory):
+            raise ValueError(f"{place} has no function {attribute!r}")
+        model = factory()
+    except ValueError as error:
+        raise ValueError(f"model {reference!r}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"model {reference!r} could not be made: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {reference!r} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _module_from_file(path: Path) -> object:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    name = f"_robust_bench_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Adapted(nn.Module):
+    """A classifier that expects other inputs than [0, 1], or returns probabilities, as one from [0, 1] to logits.
+
+    ``bounds`` is the pixel range that it expects, ``mean`` and ``std`` (one number, or one a channel) are applied after
+    scaling to that range, and probabilities are turned into their logarithms.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        bounds: tuple[float, float] = (0.0, 1.0),
+        probabilities: bool = False,
+    ) -> None:
+        super().__init__()
+        if any(s <= 0 for s in std):
+            raise ValueError(f"std must be above 0, not {', '.join(f'{s:g}' for s in std)}")
+        self.model, self.bounds, self.probabilities = model, bounds, probabilities
+        self.register_buffer("mean", torch.tensor(list(mean) or [0.0]), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std) or [1.0]), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.bounds
+        channels = [-1, 1, 1] if x.dim() == 4 else [-1]
+        mean, std = self.get_buffer("mean").to(x.dtype), self.get_buffer("std").to(x.dtype)
+        answer: Tensor = self.model((low + x * (high - low) - mean.view(channels)) / std.view(channels))
+        return answer.clamp_min(torch.finfo(answer.dtype).tiny).log() if self.probabilities else answer

@@ -1,0 +1,44 @@
+"""What a plugin is: a frozen dataclass whose fields are its settings, registered by name, and one call."""
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from robustbench_lite.defended import Defended
+from robustbench_lite.problem import Access, Problem
+from robustbench_lite.training import Lab
+
+
+class Plugin(Protocol):
+    """What every plugin may state beside its settings."""
+
+    name: ClassVar[str]  # set by the decorator that registers it
+    version: ClassVar[int] = 1  # raised when the body changes what comes out
+    bibtex: ClassVar[str] = ""
+
+
+class Attack(Plugin, Protocol):
+    """Proposes inputs; what they are worth is judged elsewhere.
+
+    ``access`` is what it needs to see of the model, ``norms`` names the threat models that it knows. An attack that
+    ``minimises`` seeks the nearest adversarial input: eps does not bind it, and one run gives the whole curve over eps.
+    """
+
+    access: ClassVar[Access]
+    norms: ClassVar[frozenset[str]]
+    minimises: ClassVar[bool] = False
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """Candidates, shaped as ``problem.x``."""
+
+
+class Defense(Plugin, Protocol):
+    """A recipe trains a model (``trains``, first in a chain); a wrapper guards one that is trained.
+
+    A recipe with a field ``eps`` of None trains at the data set's customary eps for its field ``norm``.
+    """
+
+    trains: ClassVar[bool]
+
+    def __call__(self, model: nn.Module, lab: Lab) -> Defended:
+        """The defended model, in eval mode."""

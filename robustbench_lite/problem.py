@@ -1,0 +1,193 @@
+"""The only door from an attack to a model: it counts what is asked and keeps the best answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.defended import Defended, ask
+from robustbench_lite.noise import Noise
+from robustbench_lite.threat import Goal, ThreatModel
+
+Access = Literal["labels", "scores", "gradients"]
+LEVELS: tuple[Access, ...] = ("labels", "scores", "gradients")
+SLACK = 1e-5  # what counts as found before it is judged strictly
+
+
+class AccessError(ValueError):
+    """An attack asked for more than it declared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many forwards an input may cost; a spent input is closed and its further queries answer NaN."""
+
+    forwards: int | None = None
+
+
+class Ledger:
+    """What each input has cost, and the nearest adversarial in the pixel range that was seen, at any distance."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.best = x.clone()
+        self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+        self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.backwards = torch.zeros_like(self.forwards)
+
+
+class Problem:
+    """A batch to attack: ``x`` (B, ...) in the pixel range, the ``goal``, the ``threat``, keyed ``noise``.
+
+    Only inputs that are open are sent to the model, charged and remembered: nothing found within eps yet (unless the
+    attack ``minimises``) and budget left. The others answer NaN, and their gradient is 0.
+    """
+
+    def __init__(
+        self,
+        model: Defended,
+        x: Tensor,
+        goal: Goal,
+        threat: ThreatModel,
+        noise: Noise,
+        *,
+        classes: int,
+        access: Access = "gradients",
+        budget: Budget = Budget(),
+        minimises: bool = False,
+        batch: int = 256,
+    ) -> None:
+        self.x, self.goal, self.threat, self.noise = x.clone(), goal, threat, noise
+        self.classes, self.access, self.budget, self.minimises = classes, access, budget, minimises
+        self._model, self._batch = model, batch
+        self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
+        self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, mask: Tensor) -> Problem:
+        """The same problem, on the same ledger, for fewer inputs: ``mask`` is (B,) bool, or distinct positions."""
+        part = object.__new__(Problem)
+        part.__dict__.update(self.__dict__)
+        part.x, part.goal, part.noise = self.x[mask], self.goal[mask], self.noise[mask]
+        part._clean, part._goal, part._rows = self._clean[mask], self._goal[mask], self._rows[mask]
+        return part
+
+    @property
+    def open(self) -> Tensor:
+        """Which inputs an attack should still work on: (B,) bool."""
+        is_open = torch.ones_like(self._rows, dtype=torch.bool)
+        if not self.minimises:
+            limit = self._threat.norm.limit(self._threat.eps, self._clean)
+            is_open = self._ledger.distance[self._rows] > limit + SLACK
+        if self.budget.forwards is not None:
+            is_open = is_open & (self._ledger.forwards[self._rows] < self.budget.forwards)
+        return is_open
+
+    @property
+    def best(self) -> Tensor:
+        """The nearest adversarial seen of each input, (B, ...); the clean input where there is none."""
+        return self._ledger.best[self._rows]
+
+    @property
+    def distance(self) -> Tensor:
+        """How far :attr:`best` lies from the clean input, (B,); infinite where there is none."""
+        return self._ledger.distance[self._rows]
+
+    @property
+    def forwards(self) -> Tensor:
+        """What each input has cost so far, in forwards: (B,)."""
+        return self._ledger.forwards[self._rows]
+
+    @property
+    def backwards(self) -> Tensor:
+        """What each input has cost so far, in backwards: (B,)."""
+        return self._ledger.backwards[self._rows]
+
+    def labels(self, x: Tensor) -> Tensor:
+        """Labels of ``x`` (B, ...), or of K candidates an input (B, K, ...): (B,) or (B, K), -1 for closed inputs."""
+        logits = self._ask(x, differentiable=False)
+        return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits, (B, C) or (B, K, C); differentiable under access "gradients", where each backward is counted."""
+        self._need("scores")
+        return self._ask(x, differentiable=self.access == "gradients" and x.requires_grad)
+
+    def gradient(self, x: Tensor, loss: Callable[[Goal, Tensor], Tensor] = Goal.cross_entropy) -> tuple[Tensor, Tensor]:
+        """Gradient of ``loss`` at ``x`` (B, ...), and the logits (B, C), from one forward and one backward."""
+        self._need("gradients")
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = self._ask(x, differentiable=True)
+            (gradient,) = torch.autograd.grad(loss(self._goal, logits).sum(), x)
+        return gradient, logits.detach()
+
+    def _need(self, level: Access) -> None:
+        if LEVELS.index(self.access) < LEVELS.index(level):
+            raise AccessError(f"the attack asked for {level}, but declares access to {self.access} only")
+
+    def _ask(self, x: Tensor, differentiable: bool) -> Tensor:
+        alone = x.dim() == self._clean.dim()
+        candidates = x.unsqueeze(1) if alone else x
+        if candidates.shape != (len(self), candidates.shape[1], *self._clean.shape[1:]):
+            raise ValueError(f"asked about inputs of shape {tuple(x.shape)} in a batch of {tuple(self._clean.shape)}")
+        sent = self._sendable(candidates.shape[1])
+        everything = bool(sent.all())
+        flat = candidates.flatten(0, 1) if everything else candidates[sent]
+        owners = sent.nonzero()[:, 0]
+        self._ledger.forwards[self._rows] += sent.sum(1)
+        if not len(flat):
+            answers = x.new_empty(0, self.classes)
+        elif differentiable:
+            counted = _Counted.apply(flat, self._ledger.backwards, self._rows[owners])
+            answers = ask(self._model, counted, self._batch, differentiable=True)
+        else:
+            with torch.no_grad():
+                answers = ask(self._model, flat, self._batch)
+        self._remember(flat.detach(), answers.detach(), owners)
+        if not everything:
+            answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_put((sent.flatten(),), answers)
+        return answers if alone else answers.view(*sent.shape, self.classes)
+
+    def _sendable(self, count: int) -> Tensor:
+        """Which of ``count`` candidates an input are sent: (B, count) bool."""
+        sent = self.open.unsqueeze(1).expand(-1, count)
+        if self.budget.forwards is not None:
+            left = self.budget.forwards - self._ledger.forwards[self._rows]
+            sent = sent & (torch.arange(count, device=left.device) < left.unsqueeze(1))
+        return sent
+
+    def _remember(self, x: Tensor, logits: Tensor, owners: Tensor) -> None:
+        """Keeps the nearest hit of each input, if it is nearer than what the ledger has."""
+        hits = Goal(self._goal.labels[owners], self._goal.targeted).met(logits).nonzero()[:, 0]
+        hits = hits[self._threat.inside(x[hits], SLACK)]
+        if not len(hits):
+            return
+        owners = owners[hits]
+        distance = self._threat.norm.size(x[hits] - self._clean[owners])
+        unset = self._ledger.distance[self._rows]
+        nearest = unset.scatter_reduce(0, owners, distance, "amin")
+        better = ((distance == nearest[owners]) & (distance < unset[owners])).nonzero()[:, 0]
+        order = torch.full_like(self._rows, len(hits)).scatter_reduce(0, owners[better], better, "amin")
+        chosen = order[order < len(hits)]
+        rows = self._rows[owners[chosen]]
+        self._ledger.best[rows], self._ledger.distance[rows] = x[hits[chosen]], distance[chosen]
+
+
+class _Counted(torch.autograd.Function):
+    """The identity; each backward through it is charged to the rows that it carries."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backwards: Tensor, rows: Tensor) -> Tensor:
+        ctx.backwards, ctx.rows = backwards, rows
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ctx.backwards.index_add_(0, ctx.rows, torch.ones_like(ctx.rows))
+        return grads[0], None, None
