@@ -313,7 +313,7 @@ def _npz(name: str, split: Split) -> Images:
     labels = {key: arrays[key] for key in ("y", "y_train") if key in arrays}
     classes = _classes(path, arrays["classes"]) if "classes" in arrays else None
     for key, y in labels.items():
-        _check_labels(path, key, y, len(x) if key == y_key else len(y), classes)
+        _check_labels(path, key, y, len(x) if key == y_key else y.size, classes)
     return _images(name, split, x, labels[y_key], classes or 1 + max(int(y.max()) for y in labels.values()))
 
 

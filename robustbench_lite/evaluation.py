@@ -82,9 +82,15 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     Raises:
         ValueError: where the model raises, or its answers are not finite logits, (B, C), with C above every label.
     """
+    if not len(x):
+        raise ValueError("there are no inputs")
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise ValueError(
+            f"labels must be {len(x)} whole numbers, one an input, not {y.dtype} of shape {tuple(y.shape)}"
+        )
     if not bool(threat.inside(x).all()):
         raise ValueError(f"inputs must lie in [{threat.lower:g}, {threat.upper:g}]; scale them, or give --bounds")
-    if y.numel() and int(y.min()) < 0:
+    if int(y.min()) < 0:
         raise ValueError(f"labels out of range: {int(y.min())} is negative")
     try:
         with torch.no_grad():
@@ -196,10 +202,10 @@ class Bench:
             batch=self.batch,
         )
         candidates, failure = _propose(attack, problem, x)
-        near = problem.distance <= threat.norm.limit(threat.eps, x) + SLACK
+        near = problem.distance.isfinite() & (problem.distance <= threat.norm.limit(threat.eps, x) + SLACK)
         admissible = threat.allows(candidates, x)
         reason = np.full(len(x), failure, dtype=f"U{REASON}")
-        if not failure and not minimises:
+        if not failure:
             reason[~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
         reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
 
@@ -214,6 +220,7 @@ class Bench:
             label = torch.where(better | (valid & (label < 0) & logits.isfinite().all(1)), logits.argmax(1), label)
             points[better], distance[better] = strict[better], size[better]
         broken = distance.isfinite().cpu().numpy()
+        reason[(reason == "") & (label < 0).cpu().numpy()] = "the model answered the attack with NaN or infinite logits"
         reason[broken] = ""
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),

@@ -62,8 +62,11 @@ class Outcome:
 
     def part(self, start: int, stop: int) -> "Outcome":
         """The inputs whose row lies in [start, stop), with their images."""
-        here = (self.row >= start) & (self.row < stop)
-        imaged = (self.imaged >= start) & (self.imaged < stop)
+        return self.select(np.arange(start, stop))
+
+    def select(self, rows: NDArray[np.int64]) -> "Outcome":
+        """The inputs whose row is one of ``rows``, with their images."""
+        here, imaged = np.isin(self.row, rows), np.isin(self.imaged, rows)
         columns: dict[str, Any] = {name: getattr(self, name)[here] for name in COLUMNS}
         return Outcome(**columns, imaged=self.imaged[imaged], images=self.images[imaged])
 

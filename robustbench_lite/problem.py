@@ -60,7 +60,7 @@ class Problem:
         minimises: bool = False,
         batch: int = 256,
     ) -> None:
-        self.x, self.goal, self.threat, self.noise = x.clone(), goal, threat, noise
+        self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
         self.classes, self.access, self.budget, self.minimises = classes, access, budget, minimises
         self._model, self._batch = model, batch
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
@@ -124,7 +124,7 @@ class Problem:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             logits = self._ask(x, differentiable=True)
-            (gradient,) = torch.autograd.grad(loss(self._goal, logits).sum(), x)
+            (gradient,) = torch.autograd.grad(loss(self.goal, logits).sum(), x)
         return gradient, logits.detach()
 
     def _need(self, level: Access) -> None:
@@ -142,7 +142,7 @@ class Problem:
         owners = sent.nonzero()[:, 0]
         self._ledger.forwards[self._rows] += sent.sum(1)
         if not len(flat):
-            answers = x.new_empty(0, self.classes)
+            answers = flat.flatten(1)[:, :1].expand(0, self.classes)  # still on the graph of x
         elif differentiable:
             counted = _Counted.apply(flat, self._ledger.backwards, self._rows[owners])
             answers = ask(self._model, counted, self._batch, differentiable=True)

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from robustbench_lite.specs import parse, read, settle, write
 from robustbench_lite.specs import split_chain as split_chain
@@ -23,6 +23,7 @@ from robustbench_lite.specs import split_list as split_list
 Kind = Literal["attack", "defense", "certifier"]
 Plugin = TypeVar("Plugin")
 
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _FOLDERS: dict[Kind, str] = {
     "attack": "robustbench_lite.attacks",
     "defense": "robustbench_lite.defenses",
@@ -206,9 +207,8 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _name(cls: type) -> str:
-    if "name" not in vars(cls):
-        raise ValueError(f"{cls.__qualname__} is no plugin: it has not been registered")
-    return str(vars(cls)["name"])
+    """A plugin that was handed over as an object, unregistered, goes by the name of its class."""
+    return str(vars(cls).get("name", cls.__name__))
 
 
 def _named(prefix: str, call: Callable[..., Any], *args: object, **settings: object) -> Any:

@@ -271,15 +271,16 @@ def cached() -> set[str]:
     return {path.name for path in cache_dir().rglob("*") if path.is_file()}
 
 
-def test_download_once_then_from_the_cache(
-    serve: Callable[..., list[str]], published: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_once_then_from_the_cache(serve: Callable[..., list[str]], published: dict[str, bytes]) -> None:
     requests = serve("mnist", answers(published))
     first = load("mnist", "train")
     assert requests == [f"0/{IMAGES}.gz", f"0/{ANSWERS}.gz"]
     assert cached() == {f"{IMAGES}.gz", f"{ANSWERS}.gz"}
     serve("mnist", {})
     assert torch.equal(load("mnist", "train").x, first.x)
+    path = cache_dir() / "MNIST/raw" / f"{IMAGES}.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert refusal("mnist", "train").startswith(f"{path}: truncated or damaged")
 
 
 @pytest.mark.parametrize("bad", ["absent", "broken", "truncated", "altered", "not gzip"])
@@ -576,6 +577,7 @@ BAD = {
     "label far too big": ({"x": [[0.1]], "y": np.array([2**63], np.uint64)}, "labels out of range: y runs from 92"),
     "labels as floats": ({"x": [[0.1], [0.2]], "y": [0.0, 1.5]}, "labels out of range: y is float64, want integers"),
     "training labels": ({"x": [[0.1]], "y": [0], "y_train": [-3]}, "labels out of range: y_train runs from -3 to -3"),
+    "one training label": ({"x": [[0.1]], "y": [0], "y_train": 3}, "1 images, but y_train has shape ()"),
     "no classes": ({"x": [[0.1]], "y": [0], "classes": 0}, "classes must be"),
     "many classes": ({"x": [[0.1]], "y": [0], "classes": [1, 2]}, "classes must be"),
     "half a class": ({"x": [[0.1]], "y": [0], "classes": 1.5}, "classes must be"),

@@ -1,0 +1,134 @@
+"""What the command line shows: progress while it runs, then tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from robustbench_lite.leaderboard import wilson
+from robustbench_lite.matrix import Watcher
+from robustbench_lite.threat import ThreatModel
+from robustbench_lite.training import Progress as Training
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Display(Watcher):
+    """Progress bars on stderr for as long as its context lasts; notes stay on the screen."""
+
+    def __init__(self, console: Console, quiet: bool, verbose: bool) -> None:
+        self.console, self.quiet, self.verbose = console, quiet, verbose
+        columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
+        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[state]}")]
+        self.bars = Progress(*columns, *times, console=console, disable=quiet, transient=True)
+        self.cells: TaskID | None = None
+        self.trainings: dict[str, TaskID] = {}
+        self.finished = 0
+
+    def __enter__(self) -> Display:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.bars.console.print(Text(f"note: {text}", style="yellow"), soft_wrap=True)
+
+    def training(self, defense: str, progress: Training) -> None:
+        if defense not in self.trainings:
+            total = progress.epochs * progress.steps
+            self.trainings[defense] = self.bars.add_task(f"training {defense}", total=total, state="")
+        state = (
+            f"epoch {progress.epoch + 1}/{progress.epochs}  loss {progress.loss:.3f}  accuracy {progress.accuracy:.1%}"
+        )
+        done = progress.epoch * progress.steps + progress.step
+        self.bars.update(self.trainings[defense], completed=done, state=state)
+        if self.verbose and progress.step == progress.steps:
+            self.bars.console.print(Text(f"training {defense}: {state}"), soft_wrap=True)
+
+    def planned(self, inputs: int) -> None:
+        self.cells = self.bars.add_task("attacking", total=inputs, state="")
+
+    def advanced(self, defense: str, attack: str, threat: ThreatModel, inputs: int) -> None:
+        assert self.cells is not None
+        self.finished += inputs
+        self.bars.update(self.cells, description=f"{attack} on {defense}, {threat}", advance=inputs)
+        if self.verbose and inputs:
+            self.bars.console.print(Text(f"{attack} on {defense}, {threat}: {inputs} inputs"), soft_wrap=True)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def interval(fraction: float, examples: int) -> str:
+    """A percentage with its 95 % Wilson interval."""
+    low, high = wilson(round(fraction * examples), examples)
+    return f"{percent(fraction)} [{percent(low)}, {percent(high)}]"
+
+
+def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) -> None:
+    """A matrix for each threat model, then the leaderboard."""
+    keys = ["dataset", "norm", "eps"]
+    attacks = [column for column in matrix.columns if column not in (*keys, "defense")]
+    for (dataset, norm, eps), block in matrix.groupby(keys, sort=False):
+        ran = [attack for attack in attacks if block[attack].notna().any()]
+        here = board[(board["dataset"] == dataset) & (board["norm"] == norm) & (board["eps"] == eps)]
+        examples = here.groupby("defense")["examples"].min().to_dict()
+        lines = [
+            [row["defense"], *(_cell(row[attack], examples[row["defense"]]) for attack in ran)]
+            for _, row in block.iterrows()
+        ]
+        title = f"Robust accuracy, % [95 % interval]: {dataset}, {norm} eps {eps:g}"
+        console.print(table(title, ["defense", *ran], lines))
+    lines = [
+        [
+            str(row["rank"]),
+            row["defense"],
+            f"{row['norm']} {row['eps']:g}",
+            str(row["examples"]),
+            percent(row["clean_accuracy"]),
+            interval(row["robust_accuracy"], row["examples"]),
+            row["worst_attack"],
+            str(row["unknown"]),
+            f"{row['forwards']:.1f}",
+            f"{row['backwards']:.1f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for _, row in board.iterrows()
+    ]
+    heads = "rank,defense,threat,examples,clean %,robust % [95 %],worst attack,unknown,forwards,backwards,seconds"
+    console.print(table("Leaderboard: what survives every attack", heads.split(","), lines))
+
+
+def _cell(fraction: float, examples: int) -> str:
+    return "" if fraction != fraction else interval(fraction, examples)
+
+
+def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Table:
+    """A table in which names from elsewhere are shown as they are, never read as markup."""
+    made = Table(title=Text(title), title_justify="left", show_lines=False)
+    for head in heads:
+        made.add_column(Text(head), overflow="fold")
+    for line in lines:
+        made.add_row(*(Text(str(cell)) for cell in line))
+    return made

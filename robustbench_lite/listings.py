@@ -1,0 +1,139 @@
+"""What there is: plugins and their settings, data sets, models, the cache, and the state of this installation."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import platform
+import shutil
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from robustbench_lite import __version__, data, registry, zoo
+from robustbench_lite import models as architectures
+from robustbench_lite.display import percent, table
+from robustbench_lite.norms import NORMS
+
+
+def overview(kind: registry.Kind) -> RenderableType:
+    """A line a plugin."""
+    plugins: dict[str, Any] = dict(registry.plugins(kind))
+    if not plugins:
+        return Text(f"There is no {kind} yet.")
+    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
+    lines = [
+        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
+        for name, cls in plugins.items()
+    ]
+    return Group(
+        table(f"{kind}s", heads, lines), Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
+    )
+
+
+def explain(kind: registry.Kind, name: str) -> RenderableType:
+    """All there is to say about one plugin."""
+    cls: Any = registry.find(kind, name)
+    parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), Text(inspect.cleandoc(cls.__doc__ or ""))]
+    if kind == "attack":
+        parts.append(Text(f"norms: {_norms(cls)}; needs the model's {cls.access}"))
+    settings = _settings(cls)
+    parts.append(Text(f"settings: {', '.join(settings)}" if settings else "no settings"))
+    if getattr(cls, "bibtex", ""):
+        parts.append(Text(cls.bibtex))
+    return Group(*parts)
+
+
+def datasets() -> RenderableType:
+    """A line a data set."""
+    lines = [
+        [
+            source.name,
+            "x".join(map(str, source.shape)),
+            source.classes,
+            source.train,
+            source.test,
+            ", ".join(f"{norm}:{eps:g}" for norm, eps in source.eps.items()),
+            source.about,
+        ]
+        for source in data.SOURCES.values()
+    ]
+    heads = ["data set", "shape", "classes", "train", "test", "customary eps", "where it comes from"]
+    note = Text("npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y.")
+    return Group(table("data sets", heads, lines), note)
+
+
+def models() -> list[RenderableType]:
+    """The architectures, and the weights that ship."""
+    known = [[name, inspect.cleandoc(build.__doc__ or "")] for name, build in architectures.MODELS.items()]
+    shipped = [
+        [
+            entry.defense,
+            entry.dataset,
+            entry.model,
+            percent(entry.clean_accuracy),
+            f"{percent(entry.robust_accuracy)} ({entry.threat}, {entry.attack})",
+            entry.command,
+        ]
+        for entry in zoo.manifest()
+    ]
+    heads = ["defense", "data set", "model", "clean %", "robust %", "made by"]
+    return [table("architectures", ["model", "layers"], known), table("weights that ship", heads, shipped)]
+
+
+def cache(clear: bool) -> RenderableType:
+    """What was downloaded and trained."""
+    folder = data.cache_dir()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if clear:
+        shutil.rmtree(folder, ignore_errors=True)
+        return Text(f"deleted {len(files)} files in {folder}")
+    lines = [[str(path.relative_to(folder)), f"{path.stat().st_size / 1e6:.1f}"] for path in files]
+    return table(f"{folder}", ["file", "MB"], lines) if lines else Text(f"{folder} is empty")
+
+
+def doctor(data_dir: Path | None) -> Table:
+    """Versions, devices, folders, and what is missing."""
+    import torch
+
+    packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pooch", "typer", "rich")
+    lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
+    lines += [[name, importlib.metadata.version(name)] for name in packages]
+    lines.append(["extra: foolbox", _installed("foolbox")])
+    lines.append(["extra: cvxpy", _installed("cvxpy")])
+    gpus = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
+    lines.append(["devices", ", ".join([*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"])])
+    lines.append(["cpu threads", str(torch.get_num_threads())])
+    lines.append(["cache", str(data.cache_dir())])
+    lines.append(["data folder", str(data_dir) if data_dir else "none (--data-dir or ROBUST_BENCH_DATA)"])
+    lines += [[f"{kind}s", ", ".join(registry.plugins(kind)) or "none"] for kind in registry.KINDS]
+    return table("robust-bench doctor", ["what", "found"], lines)
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed (pip install {package})"
+
+
+def _summary(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+
+
+def _norms(cls: Any) -> str:
+    return " ".join(norm for norm in NORMS if norm in getattr(cls, "norms", ()))
+
+
+def _settings(cls: Any) -> list[str]:
+    return [
+        f.name
+        if f.default is MISSING
+        else f"{f.name}={str(f.default).lower() if f.default in (None, True, False) else f.default}"
+        for f in fields(cls)
+        if f.init and not f.name.startswith("_")
+    ]

@@ -1,0 +1,125 @@
+"""Results on disk: a folder a cell, a file a chunk of rows; written whole or not at all, checked when read."""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustbench_lite.outcome import COLUMNS, Outcome
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An attack against a defended model: ``identity`` is all that changes the answer for a row, ``about`` the rest."""
+
+    identity: dict[str, Any]
+    about: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the identity; the name of the cell's folder."""
+        text = json.dumps({"schema": SCHEMA, **self.identity}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """The chunks below a results folder. ``warn`` is told of each chunk that cannot be used.
+
+    Raises:
+        ValueError: where the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder, self.warn = folder, warn
+
+    def prepare(self) -> None:
+        """Makes the folder and sees that it can be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to the results folder {self.folder}: {error.strerror}") from error
+
+    def load(self, cell: Cell, start: int, stop: int, keep_all: bool = False) -> Outcome | None:
+        """The outcome of rows [start, stop), if a sound chunk is there (and, where wanted, holds all adversarials)."""
+        path = self._path(cell, start, stop)
+        if not path.exists():
+            return None
+        try:
+            outcome = _read(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error})")
+            return None
+        if not np.array_equal(outcome.row, np.arange(start, stop)):
+            self.warn(f"{path} holds other rows than its name says and is computed again")
+            return None
+        complete = len(outcome.imaged) == (outcome.status == "broken").sum()
+        return outcome if complete or not keep_all else None
+
+    def save(self, cell: Cell, outcome: Outcome) -> None:
+        """Writes a chunk under its final name in one step."""
+        path = self._path(cell, int(outcome.row[0]), int(outcome.row[-1]) + 1)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            about = path.parent / "cell.json"
+            if not about.exists():
+                _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            with part.open("wb") as file:
+                np.savez_compressed(file, schema=SCHEMA, **{f.name: getattr(outcome, f.name) for f in fields(Outcome)})
+            os.replace(part, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from error
+
+    def cells(self) -> Iterator[tuple[Cell, list[Outcome]]]:
+        """Every cell of the folder, with the chunks that it has."""
+        for about in sorted(self.folder.glob("cells/*/cell.json")):
+            try:
+                content = json.loads(about.read_text())
+                cell = Cell(content["identity"], content["about"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                self.warn(f"{about} cannot be read and is left out ({type(error).__name__}: {error})")
+                continue
+            if cell.key != about.parent.name:
+                self.warn(f"{about} does not belong to its folder, or to another version, and is left out")
+                continue
+            spans = sorted(tuple(map(int, path.stem.split("-"))) for path in about.parent.glob("*-*.npz"))
+            chunks = [self.load(cell, *span) for span in _disjoint(spans)]
+            yield cell, [chunk for chunk in chunks if chunk is not None]
+
+    def _path(self, cell: Cell, start: int, stop: int) -> Path:
+        return self.folder / "cells" / cell.key / f"{start:08d}-{stop:08d}.npz"
+
+
+def _disjoint(spans: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Of the spans that start at the same row (a last chunk of fewer rows, and a whole one) the longest."""
+    longest: dict[int, int] = {}
+    for start, stop in spans:
+        longest[start] = max(stop, longest.get(start, 0))
+    return sorted(longest.items())
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def _read(path: Path) -> Outcome:
+    with np.load(path, allow_pickle=False) as file:
+        if int(file["schema"]) != SCHEMA:
+            raise ValueError(f"schema {int(file['schema'])}, not {SCHEMA}")
+        arrays = {f.name: file[f.name] for f in fields(Outcome)}
+    if any(len(arrays[name]) != len(arrays["row"]) for name in COLUMNS):
+        raise ValueError("columns of unequal length")
+    return Outcome(**arrays)

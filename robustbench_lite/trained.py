@@ -1,0 +1,256 @@
+"""A defended model for a defense spec: shipped, from the cache, or trained once; or a user's own as it is."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite import __version__, data, models, registry, zoo
+from robustbench_lite.defended import Defended
+from robustbench_lite.noise import Noise
+from robustbench_lite.plugins import Defense
+from robustbench_lite.training import Lab, Progress
+
+NONE = "none"  # the defense of a model that is evaluated as it is
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A defended model that is to be attacked, and what it is."""
+
+    model: Defended
+    defense: str
+    architecture: str
+    identity: dict[str, Any]  # all that changes its answers
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a user's model expects and returns; see :class:`robustbench_lite.models.Adapted`."""
+
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+    bounds: tuple[float, float] = (0.0, 1.0)
+    probabilities: bool = False
+
+
+AS_IS = Inputs()
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where defended models come from.
+
+    ``model`` is an architecture's name, ``FILE.py:factory``, a module object, or None for the customary one;
+    ``weights`` fills an architecture. With weights, a file or an object the model is evaluated as it is (defense
+    ``none``, or wrappers only).
+    """
+
+    dataset: str
+    shape: tuple[int, ...]
+    classes: int
+    data_dir: Path | None = None
+    model: str | nn.Module | None = None
+    weights: Path | None = None
+    inputs: Inputs = AS_IS
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    note: Callable[[str], None] = _silent
+    progress: Callable[[str, Progress], None] = _silent
+
+    @property
+    def own(self) -> bool:
+        """Whether the model is the user's, ready to be evaluated."""
+        return self.weights is not None or not (self.model is None or isinstance(self.model, str)) or self._refers
+
+    @property
+    def _refers(self) -> bool:
+        return isinstance(self.model, str) and models.is_reference(self.model)
+
+    @property
+    def architecture(self) -> str:
+        if isinstance(self.model, nn.Module):
+            return type(self.model).__name__
+        return self.model or models.customary(self.dataset, self.shape)
+
+    def subject(self, chain: str) -> Subject:
+        """The defended model for a chain such as ``madry:eps=0.3+feature-squeezing``.
+
+        Raises:
+            ValueError: for a chain that cannot be built here, or training data that is not there.
+        """
+        links = self.links(chain)
+        wrappers = links if self.own else links[1:]
+        model = (Defended(self._own()) if self.own else self._trained(links[0])).eval().to(self.device)
+        for wrapper in wrappers:
+            model = wrapper(model, self._lab()).eval().to(self.device)
+        spec = "+".join(map(registry.spec, links)) or NONE
+        identity = {
+            "defense": spec,
+            "weights": weights_hash(model),
+            "code": self._code(),
+            "inputs": vars(self.inputs),
+            "wrappers": [_identity(wrapper) for wrapper in wrappers],
+        }
+        return Subject(model, spec, self.architecture, identity)
+
+    def train(self, recipe: Defense, seed: int = 0, checkpoint: Path | None = None) -> Defended:
+        """A new model, trained by a recipe; with a checkpoint a training that was stopped goes on."""
+        name, lab = registry.spec(recipe), self._lab(seed)
+        lab = replace(lab, checkpoint=checkpoint, report=lambda at: self.progress(name, at))
+        return recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
+
+    def links(self, chain: str) -> list[Defense]:
+        """The defenses of a chain, completed with what the data set implies.
+
+        Raises:
+            ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
+        """
+        if chain.strip() == NONE:
+            if not self.own:
+                raise ValueError(f"defense {NONE} needs a trained model: --model FILE.py:factory, or --weights FILE")
+            return []
+        links = [complete(registry.make("defense", link), self.dataset) for link in registry.split_chain(chain)]
+        recipes = 0 if self.own else 1
+        for place, link in enumerate(links):
+            if link.trains and place >= recipes:
+                why = "the model is evaluated as it is" if self.own else "only the first of a chain trains"
+                raise ValueError(f"defense {link.name} trains a model, but {why}")
+            if not link.trains and place < recipes:
+                raise ValueError(f"defense {link.name} guards a trained model; write standard+{link.name}")
+        return links
+
+    def _own(self) -> nn.Module:
+        """The user's model, with its weights and from [0, 1] to logits."""
+        if isinstance(self.model, nn.Module):
+            model = self.model
+        elif self._refers:
+            model = models.load_factory(self.architecture)
+        else:
+            model = models.build(self.architecture, self.shape, self.classes)
+        if self.weights is not None:
+            fill(model, self.weights)
+        if model.training:
+            self.note(f"model {self.architecture} was in training mode; it is evaluated in eval mode")
+        if self.inputs == AS_IS:
+            return model
+        return models.Adapted(model, **vars(self.inputs))
+
+    def _code(self) -> str:
+        """What stands for the user's code in a key: the hash of its file, or where it was imported from."""
+        if isinstance(self.model, nn.Module):
+            return f"{type(self.model).__module__}.{type(self.model).__qualname__}: {self.model}"
+        path = Path(self.architecture.rpartition(":")[0])
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" else self.architecture
+
+    def _trained(self, recipe: Defense) -> Defended:
+        """What ships, else what the cache holds, else newly trained and then cached."""
+        wanted = registry.identity(recipe)
+        for entry in zoo.manifest():
+            shipped = registry.identity(registry.make("defense", entry.defense))
+            if (entry.dataset, entry.model, shipped) == (self.dataset, self.architecture, wanted):
+                model = models.build(entry.model, self.shape, self.classes)
+                model.load_state_dict(zoo.load(entry))
+                return Defended(model)
+        fingerprint = data.load(self.dataset, "train", self.data_dir).fingerprint
+        described = {"data": fingerprint, "model": self.architecture, "recipe": _identity(recipe), "seed": 0}
+        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        file = data.cache_dir() / "trained" / f"{key}.safetensors"
+        if file.exists():
+            model = models.build(self.architecture, self.shape, self.classes)
+            fill(model, file)
+            return Defended(model)
+        self.note(f"{registry.spec(recipe)} on {self.dataset} does not ship: training it once, into {file}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint = file.with_suffix(".checkpoint")
+        defended = self.train(recipe, checkpoint=checkpoint)
+        save(defended.model, file)
+        checkpoint.unlink(missing_ok=True)
+        return defended
+
+    def _lab(self, seed: int = 0) -> Lab:
+        train = data.load(self.dataset, "train", self.data_dir)
+        noise = Noise(seed, torch.zeros(1, dtype=torch.int64))
+        return Lab(train, noise, lambda chain: self.subject(chain).model, self.device)
+
+
+def complete(recipe: Any, dataset: str) -> Any:
+    """A recipe whose eps is None, at the data set's customary eps for its norm."""
+    if getattr(recipe, "eps", 0) is None:
+        return replace(recipe, eps=data.customary_eps(dataset, recipe.norm))
+    return recipe
+
+
+def fill(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file, or a torch state dict (arrays only, no code), into a model.
+
+    Raises:
+        ValueError: for a file that is missing, unreadable or made for another architecture.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {path}")
+    try:
+        safe = path.suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is no safetensors file and no torch state dict: {_first_line(error)}") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict (names and tensors)")
+    try:
+        model.load_state_dict(_cast(state, torch.float32))
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the model: {_first_line(error)}") from error
+
+
+def save(model: nn.Module, path: Path, half: bool = False) -> str:
+    """Writes a model's weights as safetensors, in half precision if asked; returns the file's SHA-256."""
+    from safetensors.torch import save as to_bytes
+
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if half:
+        state = _cast(state, torch.float16)
+    content = to_bytes(state, {"version": __version__})
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and bytes of a state dict."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _identity(plugin: object) -> dict[str, Any]:
+    return {**registry.identity(plugin), "origin": registry.origin(type(plugin))}
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

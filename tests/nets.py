@@ -1,0 +1,113 @@
+"""Small models whose answers are known, inputs for them, and attacks written on the spot."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.norms import NORMS
+from robustbench_lite.problem import Access, Problem
+
+DUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "linf": lambda w: w.abs().sum(-1),
+    "l2": lambda w: w.square().sum(-1).sqrt(),
+    "l1": lambda w: w.abs().amax(-1),
+}
+
+
+class Linear(nn.Module):
+    """Logits ``x @ weight.T + bias`` of flattened inputs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T + self.bias
+
+
+class Halfspace(NamedTuple):
+    model: Linear
+    x: Tensor
+    y: Tensor
+
+    def across(self, x: Tensor, distance: float) -> Tensor:
+        """``x`` moved towards the other class along the normal, the l2 way."""
+        normal = self.model.weight[1] - self.model.weight[0]
+        side = self.model(x).argmax(1).mul(-2).add(1).to(x).view(-1, *[1] * (x.dim() - 1))
+        return (x + distance * side * (normal / normal.norm()).view(x.shape[1:])).detach()
+
+
+def halfspace(
+    norm: str, distance: float, count: int = 20, shape: tuple[int, ...] = (1, 10, 10), dtype: torch.dtype = torch.float32
+) -> Halfspace:
+    """Two classes, and inputs that all lie exactly ``distance`` from the boundary, on either side in turn.
+
+    The pixel range does not bind: inputs and nearest adversarials lie well inside.
+    """
+    random = torch.Generator().manual_seed(sum(shape))
+    size = torch.Size(shape).numel()
+    w = (0.5 + 0.5 * torch.rand(size, generator=random, dtype=torch.float64)) * torch.where(
+        torch.rand(size, generator=random) < 0.5, -1.0, 1.0
+    )
+    w[size // 2] = 2.0
+    x = 0.4 + 0.2 * torch.rand(count, size, generator=random, dtype=torch.float64)
+    y = torch.arange(count) % 2
+    wanted = (2 * y - 1) * distance * DUAL[norm](w)
+    x += ((wanted - (x - 0.5) @ w) / w.square().sum()).unsqueeze(1) * w
+    model = Linear(torch.stack([-w / 2, w / 2]), torch.stack([w.sum() / 4, -w.sum() / 4]))
+    assert 0.02 < x.min() and x.max() < 0.98
+    return Halfspace(model.to(dtype), x.view(count, *shape).to(dtype), y)
+
+
+def many_classes(classes: int, count: int, size: int = 30) -> tuple[Linear, Tensor, Tensor]:
+    """A random linear model, and inputs with the labels that it gives them."""
+    random = torch.Generator().manual_seed(classes)
+    weight = torch.randn(classes, size, generator=random)
+    model = Linear(weight, -weight.sum(1) / 2)
+    x = 0.3 + 0.4 * torch.rand(count, size, generator=random)
+    return model, x, model(x).argmax(1)
+
+
+def nearest(model: Linear, x: Tensor, norm: str) -> Tensor:
+    """How far each input of a linear model is from the nearest other class, were there no pixel range."""
+    logits = model(x)
+    label = logits.argmax(1, keepdim=True)
+    ways = model.weight - model.weight[label]
+    distance = (logits.gather(1, label) - logits) / DUAL[norm](ways)
+    return distance.scatter(1, label, torch.inf).amin(1).detach()
+
+
+def convolutional(
+    count: int, classes: int = 4, low: float = 0.0, high: float = 1.0, sharpness: float = 1.0
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """A random convolutional net on 1x8x8, and inputs in [low, high] with the labels that it gives them."""
+    random = torch.Generator().manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, classes)).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.5)
+    x = low + (high - low) * torch.rand(count, 1, 8, 8, generator=random)
+    with torch.no_grad():
+        centre = net(x).mean(0)
+        net[-1].bias -= centre
+        net[-1].weight *= sharpness
+        net[-1].bias *= sharpness
+        return net, x, net(x).argmax(1)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """An attack that does what it is told."""
+
+    call: Callable[[Problem], object]
+    access: Access = "gradients"
+    minimises: bool = False
+
+    name: ClassVar[str] = "scripted"
+    norms: ClassVar[frozenset[str]] = frozenset(NORMS)
+
+    def __call__(self, problem: Problem) -> Tensor:
+        return self.call(problem)  # type: ignore[return-value]
