@@ -35,6 +35,7 @@ DATA_DIR = typer.Option(
     "--data-dir", envvar="ROBUST_BENCH_DATA", help="Data sets in torchvision's layout.", rich_help_panel=HOW
 )
 DEVICE = typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)
+NAME = typer.Argument(help="Say all about this one, with its paper.")
 PLUGIN = typer.Option(
     "--plugin", help="A Python file that registers plugins of yours; may repeat.", rich_help_panel=WHAT
 )
@@ -144,7 +145,7 @@ def run(
     defenses = _specs(defense)
     if not quiet and not as_json:
         errors.print(
-            f"robust-bench {__version__}: {', '.join(attacks)} on {', '.join(defenses) or 'the model'}, {dataset}",
+            f"robust-bench {__version__}: {', '.join(attacks)} on {', '.join(defenses) or 'the customary defense'}, {dataset}",
             markup=False,
         )
 
@@ -297,7 +298,7 @@ def _show(results: Results, as_json: bool) -> None:
 
 def _listing(kind: registry.Kind) -> None:
     @app.command(f"{kind}s", help=f"List the {kind}s with their settings, or explain one.")
-    def command(name: Annotated[str | None, typer.Argument(help=f"Of one {kind}.")] = None) -> None:
+    def command(name: Annotated[str | None, NAME] = None) -> None:
         from robustbench_lite import listings
 
         _output().print(listings.explain(kind, name) if name else listings.overview(kind))

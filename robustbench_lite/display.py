@@ -35,7 +35,9 @@ class Display(Watcher):
         self.console, self.quiet, self.verbose = console, quiet, verbose
         columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()]
         times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[state]}")]
-        self.bars = Progress(*columns, *times, console=console, disable=quiet, transient=True)
+        self.bars = Progress(
+            *columns, *times, console=console, disable=quiet or not console.is_terminal, transient=True
+        )
         self.cells: TaskID | None = None
         self.trainings: dict[str, TaskID] = {}
         self.finished = 0

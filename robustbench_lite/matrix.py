@@ -78,8 +78,8 @@ class Results:
         return int(self.leaderboard()["unknown"].sum())
 
     def save_adversarials(self, path: str | Path) -> None:
-        """Writes the adversarial images that are kept as ``x`` (K, ...), and of each its ``row``, ``defense``, ``attack``,
-        ``norm`` and ``eps``."""
+        """Writes the adversarial images that are kept, ``x``, and what each is: ``row``, ``defense``, ``attack``,
+        ``norm``, ``eps``."""
         kept = [entry for entry in self.entries if len(entry.outcome.imaged)]
         if not kept:
             raise ValueError("no attack broke an input, so there is no adversarial image to save")

@@ -41,7 +41,11 @@ class Halfspace(NamedTuple):
 
 
 def halfspace(
-    norm: str, distance: float, count: int = 20, shape: tuple[int, ...] = (1, 10, 10), dtype: torch.dtype = torch.float32
+    norm: str,
+    distance: float,
+    count: int = 20,
+    shape: tuple[int, ...] = (1, 10, 10),
+    dtype: torch.dtype = torch.float32,
 ) -> Halfspace:
     """Two classes, and inputs that all lie exactly ``distance`` from the boundary, on either side in turn.
 
@@ -58,7 +62,7 @@ def halfspace(
     wanted = (2 * y - 1) * distance * DUAL[norm](w)
     x += ((wanted - (x - 0.5) @ w) / w.square().sum()).unsqueeze(1) * w
     model = Linear(torch.stack([-w / 2, w / 2]), torch.stack([w.sum() / 4, -w.sum() / 4]))
-    assert 0.02 < x.min() and x.max() < 0.98
+    assert x.min() > 0.02 and x.max() < 0.98
     return Halfspace(model.to(dtype), x.view(count, *shape).to(dtype), y)
 
 

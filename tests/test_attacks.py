@@ -141,9 +141,7 @@ def test_same_rows_whatever_the_batch_and_the_order(name, norm):
     for batch in (16, 100):
         assert_same(evaluate(built(name, norm), net, x, y, batch=batch, **settings), whole)
     starts = (200, 0, 100)
-    parts = [
-        evaluate(built(name, norm), net, x[s : s + 100], y[s : s + 100], first_row=s, **settings) for s in starts
-    ]
+    parts = [evaluate(built(name, norm), net, x[s : s + 100], y[s : s + 100], first_row=s, **settings) for s in starts]
     assert_same(parts[0], whole.part(200, 300))
     assert_same(Outcome.join(parts), whole)
     few = evaluate(built(name, norm), net, x[37:64], y[37:64], first_row=37, **settings)

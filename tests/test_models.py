@@ -297,12 +297,9 @@ def test_pieces_are_padded_to_sixteens_and_answers_are_not(x: Tensor, count: int
     answers = ask(spy, x[:count], batch)
     assert [len(piece) for piece in spy.asked] == sizes
     assert answers.shape == (count, 64)
-    done = 0
-    for piece in spy.asked:
-        part = x[:count][done : done + len(piece)]
+    for piece, part, answer in zip(spy.asked, x[:count].split(sizes[0] or 1), answers.split(sizes[0] or 1)):
         assert torch.equal(piece[: len(part)], part)
-        assert torch.equal(answers[done : done + len(part)], spy.forward(piece)[: len(part)])
-        done += len(part)
+        assert torch.equal(answer, (piece.flatten(1) + piece.sum())[: len(part)])
 
 
 def test_padding_takes_no_share_of_the_gradient(x: Tensor):

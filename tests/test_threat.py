@@ -209,7 +209,7 @@ def test_a_step_is_as_long_as_it_was_asked_to_be():
 
 def test_a_step_spends_nothing_on_coordinates_at_a_pixel_bound():
     clean = torch.tensor([[1.0, 0.0, 0.5, 0.0]])
-    grad = torch.tensor([[9.0, -9.0, 0.1, 0.2]])
+    grad = torch.tensor([[9.0, -8.0, 0.1, 0.2]])
     x = ThreatModel(NORMS["l1"], 0.2).step(clean, clean, grad, 0.2)
     torch.testing.assert_close(x, torch.tensor([[1.0, 0.0, 0.5, 0.2]]))
     x = ThreatModel(NORMS["l2"], 0.2).step(clean, clean, grad, 0.2)

@@ -1,0 +1,36 @@
+# Two commands for a newcomer: `make bench` runs the main job, `make test` the tests. Both set up what they need.
+PYTHON ?= python3
+VENV := .venv
+DEV := .venv-dev
+
+.PHONY: bench test lint soak reference speed clean
+
+bench: $(VENV)/ready
+	$(VENV)/bin/robust-bench --attack pgd --defense madry
+
+test: $(DEV)/ready
+	$(DEV)/bin/python -m pytest
+
+lint: $(DEV)/ready
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+soak: $(DEV)/ready
+	$(DEV)/bin/python -m pytest -m soak
+
+reference: $(DEV)/ready
+	$(DEV)/bin/python -m pytest -m reference
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet .
+	touch $@
+
+$(DEV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEV) .venv-speed build dist *.egg-info
