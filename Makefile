@@ -22,6 +22,15 @@ soak: $(DEV)/ready
 reference: $(DEV)/ready
 	$(DEV)/bin/python -m pytest -m reference
 
+# Peers to compare with live in an environment of their own.
+speed: .venv-speed/ready
+	.venv-speed/bin/python benchmarks/speed/pgd.py
+
+.venv-speed/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-speed
+	.venv-speed/bin/pip install --quiet . 'foolbox>=3.3.4'
+	touch $@
+
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet .

@@ -56,4 +56,4 @@ class Madry:
             return F.cross_entropy(logits, y), logits
 
         fit(model, lab, loss, epochs=self.epochs, batch=self.batch, rate=self.rate)
-        return Defended(model)
+        return Defended(model).eval()

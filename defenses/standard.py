@@ -23,4 +23,4 @@ class Standard:
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
         fit(model, lab, cross_entropy(model), epochs=self.epochs, batch=self.batch, rate=self.rate)
-        return Defended(model)
+        return Defended(model).eval()

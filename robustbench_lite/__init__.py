@@ -10,16 +10,24 @@ __version__ = "0.1.0"
 __path__ += [str(toml.parent) for toml in Path(__file__).resolve().parents[1].glob("pyproject.toml")]
 
 if TYPE_CHECKING:
+    from robustbench_lite.evaluation import evaluate as evaluate
+    from robustbench_lite.matrix import benchmark as benchmark
     from robustbench_lite.registry import attack as attack
     from robustbench_lite.registry import certifier as certifier
     from robustbench_lite.registry import defense as defense
+    from robustbench_lite.threat import ThreatModel as ThreatModel
+    from robustbench_lite.trained import load_defense as load_defense
 
 _FACE = {
+    "ThreatModel": "threat",
     "attack": "registry",
+    "benchmark": "matrix",
     "certifier": "registry",
     "defense": "registry",
+    "evaluate": "evaluation",
+    "load_defense": "trained",
 }
-__all__ = ["__version__", *_FACE]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_FACE]
 
 
 def __getattr__(name: str) -> object:

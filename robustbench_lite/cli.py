@@ -14,6 +14,7 @@ from robustbench_lite import __version__, registry
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from robustbench_lite.evaluation import Target
     from robustbench_lite.matrix import Results
 
 UNKNOWN, USAGE, BELOW, STOPPED = 1, 2, 3, 130  # exit codes
@@ -66,8 +67,11 @@ def run(
     ] = None,
     eps: Annotated[str | None, typer.Option(help="... and its eps, 0.3 or 8/255.", rich_help_panel=WHAT)] = None,
     n: Annotated[
-        str, typer.Option("--n", help="How many test images, from the first on; or all.", rich_help_panel=WHAT)
-    ] = "1000",
+        str | None,
+        typer.Option(
+            "--n", help="How many test images, from the first on; or all. Default: at most 1000.", rich_help_panel=WHAT
+        ),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT),
@@ -130,24 +134,25 @@ def run(
         registry.load_file(file)
     if context.invoked_subcommand:
         return
-    if not (attack or defense or model or weights):
+    if not sys.argv[1:]:
         print(context.get_help())
         raise typer.Exit
     errors = _errors()
     threats = _threats(threat, norm, eps)
+    count = None if n is None or n == "all" else _whole("--n", n)
+    size = None if batch == "auto" else _whole("--batch", batch)
+    towards = _target(target)
+    inputs = _numbers("--mean", mean), _numbers("--std", std), _bounds(bounds), probabilities
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
     files = [file for file in (csv, matrix, rows, save_adversarials) if file is not None]
-    for file in files:
-        if not file.resolve().parent.is_dir():
-            raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
+    _writable(*files)
     attacks = _specs(attack) or ["pgd"]
     defenses = _specs(defense)
     if not quiet and not as_json:
-        errors.print(
-            f"robust-bench {__version__}: {', '.join(attacks)} on {', '.join(defenses) or 'the customary defense'}, {dataset}",
-            markup=False,
-        )
+        subject = ", ".join(defenses) or model or weights or "the customary defense"
+        errors.print(f"robust-bench {__version__}: {', '.join(attacks)} on {subject}, {dataset}", soft_wrap=True)
+    _known(attacks, defenses)
 
     from robustbench_lite.display import Display
     from robustbench_lite.matrix import benchmark
@@ -160,14 +165,14 @@ def run(
                 defenses or None,
                 dataset,
                 threats,
-                n=None if n == "all" else _whole("--n", n),
+                n=_first(dataset, data_dir) if n is None else count,
                 seed=seed,
                 model=model,
                 weights=weights,
-                inputs=Inputs(_numbers("--mean", mean), _numbers("--std", std), _bounds(bounds), probabilities),
-                target=int(target) if target and target.isdigit() else target,  # type: ignore[arg-type]
+                inputs=Inputs(*inputs),
+                target=towards,
                 device=device,
-                batch=None if batch == "auto" else _whole("--batch", batch),
+                batch=size,
                 data_dir=data_dir,
                 out=out,
                 fresh=fresh,
@@ -178,7 +183,7 @@ def run(
             display.bars.stop()
             errors.print(
                 f"stopped; what is finished ({display.finished} inputs) is kept in {out}: run the same again to go on",
-                markup=False,
+                soft_wrap=True,
             )
             raise typer.Exit(STOPPED) from None
 
@@ -187,7 +192,7 @@ def run(
         results.save_adversarials(save_adversarials)
     _show(results, as_json)
     if not as_json:
-        _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", markup=False, soft_wrap=True)
+        _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
     raise typer.Exit(_verdict(results, fail_below, errors))
 
 
@@ -196,11 +201,11 @@ def _verdict(results: Results, fail_below: float | None, errors: Console) -> int
     if results.unknown:
         reasons = results.rows().query("status == 'unknown'")["reason"].value_counts()
         for reason, count in reasons.items():
-            errors.print(f"unknown: {count} x {reason}", markup=False, style="red", soft_wrap=True)
+            errors.print(f"unknown: {count} x {reason}", style="red", soft_wrap=True)
         return UNKNOWN
     lowest = float(results.leaderboard()["robust_accuracy"].min())
     if fail_below is not None and lowest < fail_below:
-        errors.print(f"robust accuracy {lowest:.4f} is below {fail_below:g}", markup=False, style="red")
+        errors.print(f"robust accuracy {lowest:.4f} is below {fail_below:g}", style="red")
         return BELOW
     return 0
 
@@ -219,11 +224,10 @@ def train(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line an epoch.")] = False,
 ) -> None:
     """Train a defense and save its weights; a training that was stopped goes on where it was."""
-    if not out.resolve().parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} into")
+    _writable(out)
     errors = _errors()
     if not quiet:
-        errors.print(f"robust-bench {__version__}: training {defense} on {dataset}", markup=False)
+        errors.print(f"robust-bench {__version__}: training {defense} on {dataset}", soft_wrap=True)
 
     from robustbench_lite import data, models, trained
     from robustbench_lite.display import Display
@@ -251,14 +255,14 @@ def train(
             defended = workshop.train(links[0], seed, checkpoint)
         except KeyboardInterrupt:
             display.bars.stop()
-            errors.print(f"stopped; {checkpoint} is kept: run the same again to go on", markup=False, soft_wrap=True)
+            kept = f"{checkpoint} is kept" if checkpoint.exists() else "no epoch was finished"
+            errors.print(f"stopped; {kept}: run the same again to go on", soft_wrap=True)
             raise typer.Exit(STOPPED) from None
         sha256 = trained.save(defended.model, out, half)
         checkpoint.unlink(missing_ok=True)
-    _output().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", markup=False, soft_wrap=True)
+    _output().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", soft_wrap=True)
     _output().print(
         f"measure it: robust-bench --attack pgd --dataset {dataset} --model {workshop.architecture} --weights {out}",
-        markup=False,
         soft_wrap=True,
     )
 
@@ -272,9 +276,10 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="Print the leaderboard as JSON.")] = False,
 ) -> None:
     """The tables of all that a results folder holds."""
+    _writable(*(file for file in (csv, matrix, rows) if file is not None))
     from robustbench_lite.matrix import load
 
-    results = load(folder, lambda text: _errors().print(f"note: {text}", markup=False, style="yellow", soft_wrap=True))
+    results = load(folder, lambda text: _errors().print(f"note: {text}", style="yellow", soft_wrap=True))
     _write(results, csv, matrix, rows)
     _show(results, as_json)
 
@@ -348,7 +353,7 @@ def main() -> int:
         return int(app(standalone_mode=False) or 0)
     except usage as error:
         message = error.format_message()
-    except (ValueError, typer.BadParameter) as error:
+    except (ValueError, OSError) as error:
         message = str(error)
     except (KeyboardInterrupt, typer.Abort):
         print("robust-bench: stopped", file=sys.stderr)
@@ -362,19 +367,60 @@ def _specs(given: list[str] | None) -> list[str]:
 
 
 def _threats(threat: list[str] | None, norm: str | None, eps: str | None) -> list[str] | None:
-    if threat and (norm or eps):
+    short = (norm, eps) != (None, None)
+    if threat and short:
         raise ValueError("--threat names whole threat models; leave out --norm and --eps")
-    if norm or eps:
-        return [f"{norm or 'linf'}:{eps}" if eps else str(norm)]
+    if short:
+        return [str(norm) if eps is None else f"{norm or 'linf'}:{eps}"]
     return [part.strip() for text in threat for part in text.split(",")] if threat else None
 
 
+def _known(attacks: list[str], defenses: list[str]) -> None:
+    """Answers for names and settings, before any data set is read or downloaded."""
+    for spec in attacks:
+        if spec != "all":
+            registry.make("attack", spec)
+    for chain in defenses:
+        for link in registry.split_chain(chain):
+            if link not in ("all", "none"):
+                registry.make("defense", link)
+
+
+def _writable(*files: Path) -> None:
+    """Sees that there is a place for each file, before the work that fills it."""
+    for file in files:
+        if not file.resolve().parent.is_dir():
+            raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file to write")
+
+
+def _first(dataset: str, data_dir: Path | None) -> int:
+    """How many images are attacked where the person does not say: 1,000, or all of a smaller data set."""
+    from robustbench_lite import data
+
+    source = data.SOURCES.get(dataset)
+    return min(1000, source.test if source else len(data.load(dataset, "test", data_dir)))
+
+
 def _whole(option: str, text: str) -> int:
-    if not text.lstrip("-").isdigit():
-        raise ValueError(f"{option} wants a whole number or {'all' if option == '--n' else 'auto'}, not {text!r}")
-    if int(text) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        other = "all" if option == "--n" else "auto"
+        raise ValueError(f"{option} wants a whole number or {other}, not {text!r}") from None
+    if number < 1:
         raise ValueError(f"{option} must be 1 or more, not {text}")
-    return int(text)
+    return number
+
+
+def _target(text: str | None) -> Target | None:
+    if text is None or text == "next" or text == "random" or text == "least-likely":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--target wants a class's number, next, random or least-likely, not {text!r}") from None
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...]:
@@ -398,10 +444,10 @@ def _bounds(text: str) -> tuple[float, float]:
 def _output() -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(markup=False, emoji=False)
 
 
 def _errors() -> Console:
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, markup=False, emoji=False)

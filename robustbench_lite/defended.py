@@ -1,10 +1,13 @@
 """A model behind its defense, and how it is asked: the same answer whatever the batch."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from robustbench_lite.noise import Noise
 
+CACHED = 256  # rows that stay in a CPU's cache; measured 1.05 to 1.35 times faster than larger pieces
 ROUND = 16  # measured: from here on CPU kernels give the same bits whatever the batch; at 1 to 11 rows they do not
 
 
@@ -33,15 +36,18 @@ class Defended(nn.Module):
         if type(self).surrogate is Defended.surrogate:
             return self.forward(x)
         stand_in = self.surrogate(x)
-        return stand_in + (self.forward(x) - stand_in).detach()
+        return self.forward(x).detach() + (stand_in - stand_in.detach())  # adds 0: not a bit of the value changes
 
 
 def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) -> Tensor:
-    """Logits of any number of inputs, sent in pieces of at most ``batch`` rows, each padded to a multiple of 16."""
+    """Logits of any number of inputs, sent in even pieces of at most ``batch`` rows, padded to a multiple of 16."""
     call = model.differentiable if differentiable else model.forward
+    limit = min(batch, CACHED) if x.device.type == "cpu" else batch
+    even = math.ceil(len(x) / max(1, math.ceil(len(x) / limit)) / ROUND) * ROUND
     answers = []
-    for piece in x.split(max(ROUND, batch - batch % ROUND)):
+    for piece in x.split(max(ROUND, min(even, limit - limit % ROUND))):
         missing = -len(piece) % ROUND
-        padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])]) if missing else piece
+        # A copy even where nothing is missing: a model that works in place must not change what is judged.
+        padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
         answers.append(call(padded)[: len(piece)])
     return answers[0] if len(answers) == 1 else torch.cat(answers)

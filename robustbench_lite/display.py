@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +26,9 @@ from robustbench_lite.training import Progress as Training
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+WIDE = 120  # characters, from which on a line has room for the leaderboard's costs
 
 
 class Display(Watcher):
@@ -89,7 +92,7 @@ def interval(fraction: float, examples: int) -> str:
 
 
 def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) -> None:
-    """A matrix for each threat model, then the leaderboard."""
+    """A matrix for each threat model, then the leaderboard; on a narrow screen without what it cost."""
     keys = ["dataset", "norm", "eps"]
     attacks = [column for column in matrix.columns if column not in (*keys, "defense")]
     for (dataset, norm, eps), block in matrix.groupby(keys, sort=False):
@@ -118,19 +121,21 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = "rank,defense,threat,examples,clean %,robust % [95 %],worst attack,unknown,forwards,backwards,seconds"
-    console.print(table("Leaderboard: what survives every attack", heads.split(","), lines))
+    heads = "rank,defense,threat,n,clean %,robust % [95 %],worst attack,unknown,forwards,backwards,seconds".split(",")
+    shown = len(heads) if console.width >= WIDE else heads.index("forwards")
+    title = "Leaderboard: what survives every attack"
+    console.print(table(title, heads[:shown], [line[:shown] for line in lines]))
 
 
 def _cell(fraction: float, examples: int) -> str:
     return "" if fraction != fraction else interval(fraction, examples)
 
 
-def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Table:
+def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:
     """A table in which names from elsewhere are shown as they are, never read as markup."""
-    made = Table(title=Text(title), title_justify="left", show_lines=False)
+    made = Table()
     for head in heads:
         made.add_column(Text(head), overflow="fold")
     for line in lines:
         made.add_row(*(Text(str(cell)) for cell in line))
-    return made
+    return Group(Text(title, style="italic"), made)

@@ -11,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from robustbench_lite import registry
 from robustbench_lite.defended import Defended, ask
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack
-from robustbench_lite.problem import SLACK, Problem
+from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
 
 REASON = 200  # characters that a reason keeps
@@ -25,7 +26,7 @@ Target = int | Literal["next", "random", "least-likely"]
 
 
 def evaluate(
-    attack: Attack,
+    attack: Attack | str,
     model: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -33,11 +34,11 @@ def evaluate(
     *,
     seed: int = 0,
     target: Target | None = None,
-    batch: int = 256,
+    batch: int = 400,
     keep_all: bool = False,
     first_row: int = 0,
 ) -> Outcome:
-    """Runs an attack on a classifier and judges what it finds.
+    """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
     ``model`` takes images ``x`` (N, ...) in the threat's pixel range to logits; ``y`` is (N,). The answer for an input
     depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
@@ -45,6 +46,7 @@ def evaluate(
     Raises:
         ValueError: where the model's answers are no logits for these labels, or the attack does not know the norm.
     """
+    attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
     require_norm(attack, threat)
     defended = model if isinstance(model, Defended) else Defended(model)
@@ -52,7 +54,8 @@ def evaluate(
         bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
-        return Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
+        outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
+    return outcome.within(threat.norm.limit(threat.eps, x)) if getattr(attack, "minimises", False) else outcome
 
 
 def require_norm(attack: Attack, threat: ThreatModel) -> None:
@@ -119,7 +122,7 @@ class Bench:
     classes: int
     seed: int = 0
     target: Target | None = None
-    batch: int = 256
+    batch: int = 400
     keep_all: bool = False
 
     @property
@@ -182,6 +185,8 @@ class Bench:
         if self.target == "random":
             ahead = 1 + Noise(self.seed, rows).at("target").integers(self.classes - 1, y.unsqueeze(1))[:, 0]
             return Goal((y + ahead) % self.classes, targeted=True)
+        if not isinstance(self.target, int):
+            raise ValueError(f"no target {self.target!r}; there are: a class's number, next, random, least-likely")
         if not 0 <= self.target < self.classes:
             raise ValueError(f"target {self.target} is no class; the model knows 0 to {self.classes - 1}")
         return Goal(torch.full_like(y, self.target), targeted=True)
@@ -202,7 +207,7 @@ class Bench:
             batch=self.batch,
         )
         candidates, failure = _propose(attack, problem, x)
-        near = problem.distance.isfinite() & (problem.distance <= threat.norm.limit(threat.eps, x) + SLACK)
+        near = problem.distance.isfinite() & (problem.distance <= threat.reach(x))
         admissible = threat.allows(candidates, x)
         reason = np.full(len(x), failure, dtype=f"U{REASON}")
         if not failure:

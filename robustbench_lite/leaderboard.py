@@ -53,6 +53,7 @@ class Entry:
     attack: str
     seed: int
     outcome: Outcome
+    subject: str = ""  # tells apart models, and data, that go by one name
 
     @property
     def block(self) -> tuple[str, str, float, int]:
@@ -62,7 +63,7 @@ class Entry:
     @property
     def row(self) -> tuple[Any, ...]:
         """What one leaderboard row is about."""
-        return *self.block, self.defense, self.model, self.parameters
+        return *self.block, self.defense, self.model, self.parameters, self.subject
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import platform
-import shutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from robustbench_lite import __version__, data, registry, zoo
 from robustbench_lite import models as architectures
 from robustbench_lite.display import percent, table
 from robustbench_lite.norms import NORMS
+
+OURS = ("trained/*", "MNIST/raw/*", "FashionMNIST/raw/*", "cifar-10-python.tar.gz*")  # below the cache folder
 
 
 def overview(kind: registry.Kind) -> RenderableType:
@@ -86,23 +86,24 @@ def models() -> list[RenderableType]:
 
 
 def cache(clear: bool) -> RenderableType:
-    """What was downloaded and trained."""
+    """What was downloaded and trained; ``clear`` deletes these files and no other that the folder may hold."""
     folder = data.cache_dir()
-    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    files = sorted(path for ours in OURS for path in folder.glob(ours) if path.is_file())
     if clear:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in files:
+            path.unlink()
         return Text(f"deleted {len(files)} files in {folder}")
     lines = [[str(path.relative_to(folder)), f"{path.stat().st_size / 1e6:.1f}"] for path in files]
     return table(f"{folder}", ["file", "MB"], lines) if lines else Text(f"{folder} is empty")
 
 
-def doctor(data_dir: Path | None) -> Table:
+def doctor(data_dir: Path | None) -> RenderableType:
     """Versions, devices, folders, and what is missing."""
     import torch
 
     packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pooch", "typer", "rich")
     lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
-    lines += [[name, importlib.metadata.version(name)] for name in packages]
+    lines += [[name, _installed(name)] for name in packages]
     lines.append(["extra: foolbox", _installed("foolbox")])
     lines.append(["extra: cvxpy", _installed("cvxpy")])
     gpus = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]

@@ -138,12 +138,18 @@ def load_factory(reference: str) -> nn.Module:
             raise ValueError(f"{place} has no function {attribute!r}")
         model = factory()
     except ValueError as error:
-        raise ValueError(f"model {reference!r}: {error}") from error
+        raise ValueError(f"model {reference!r}: {_one_line(error)}") from error
     except Exception as error:
-        raise ValueError(f"model {reference!r} could not be made: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"model {reference!r} could not be made: {type(error).__name__}: {_one_line(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {reference!r} returned a {type(model).__name__}, not an nn.Module")
     return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _module_from_file(path: Path) -> object:

@@ -127,7 +127,7 @@ class L1(_Shrinking):
         return _shrink_l1(delta, torch.full_like(delta, math.inf), eps)
 
     def confine(self, x: Tensor, clean: Tensor, eps: float, lower: float, upper: float) -> Tensor:
-        delta = x - clean
+        delta = (x - clean).clamp(-1e9, 1e9)  # further out float64 loses a pixel's room beside its length
         return clean + _shrink_l1(delta, torch.where(delta > 0, upper - clean, clean - lower), eps)
 
     def steepest(self, grad: Tensor) -> Tensor:
@@ -176,10 +176,12 @@ class Patch(_Shrinking):
 
     def limit(self, eps: float, like: Tensor) -> float:
         height, width = self._plane(pixels(like[:1])).shape[1:]
-        return math.floor(math.sqrt(min(eps, 1) * height * width) + 1e-9)
+        return math.inf if math.isinf(eps) else math.floor(math.sqrt(eps * height * width) + 1e-9)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
         plane = self._plane(_energy(delta))
+        if self.limit(eps, delta) >= max(plane.shape[1:]):
+            return delta
         side = min(int(self.limit(eps, delta)), *plane.shape[1:])
         if side == 0:
             return torch.zeros_like(delta)

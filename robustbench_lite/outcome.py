@@ -51,13 +51,17 @@ class Outcome:
         return fooled
 
     def within(self, limit: float) -> "Outcome":
-        """The outcome at a smaller budget: what was broken at a larger distance is held."""
+        """The outcome at a smaller budget: what was broken at a larger distance is held, and a label that was
+        reached at an unknown distance (of a targeted attack: another than the target) is forgotten."""
         beyond = (self.status == BROKEN) & (self.distance > limit)
+        near = ~np.isin(self.imaged, self.row[beyond])
         return replace(
             self,
             status=np.where(beyond, HELD, self.status),
-            adversarial=np.where(beyond, -1, self.adversarial),
+            adversarial=np.where((self.status == BROKEN) & ~beyond, self.adversarial, -1),
             distance=np.where(beyond, np.nan, self.distance),
+            imaged=self.imaged[near],
+            images=self.images[near],
         )
 
     def part(self, start: int, stop: int) -> "Outcome":

@@ -15,7 +15,6 @@ from robustbench_lite.threat import Goal, ThreatModel
 
 Access = Literal["labels", "scores", "gradients"]
 LEVELS: tuple[Access, ...] = ("labels", "scores", "gradients")
-SLACK = 1e-5  # what counts as found before it is judged strictly
 
 
 class AccessError(ValueError):
@@ -61,7 +60,7 @@ class Problem:
         batch: int = 256,
     ) -> None:
         self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
-        self.classes, self.access, self.budget, self.minimises = classes, access, budget, minimises
+        self.classes, self._access, self._budget, self._minimises = classes, access, budget, minimises
         self._model, self._batch = model, batch
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
@@ -81,11 +80,10 @@ class Problem:
     def open(self) -> Tensor:
         """Which inputs an attack should still work on: (B,) bool."""
         is_open = torch.ones_like(self._rows, dtype=torch.bool)
-        if not self.minimises:
-            limit = self._threat.norm.limit(self._threat.eps, self._clean)
-            is_open = self._ledger.distance[self._rows] > limit + SLACK
-        if self.budget.forwards is not None:
-            is_open = is_open & (self._ledger.forwards[self._rows] < self.budget.forwards)
+        if not self._minimises:
+            is_open = self._ledger.distance[self._rows] > self._threat.reach(self._clean)
+        if self._budget.forwards is not None:
+            is_open = is_open & (self._ledger.forwards[self._rows] < self._budget.forwards)
         return is_open
 
     @property
@@ -116,7 +114,7 @@ class Problem:
     def logits(self, x: Tensor) -> Tensor:
         """Logits, (B, C) or (B, K, C); differentiable under access "gradients", where each backward is counted."""
         self._need("scores")
-        return self._ask(x, differentiable=self.access == "gradients" and x.requires_grad)
+        return self._ask(x, differentiable=self._access == "gradients" and x.requires_grad)
 
     def gradient(self, x: Tensor, loss: Callable[[Goal, Tensor], Tensor] = Goal.cross_entropy) -> tuple[Tensor, Tensor]:
         """Gradient of ``loss`` at ``x`` (B, ...), and the logits (B, C), from one forward and one backward."""
@@ -128,8 +126,8 @@ class Problem:
         return gradient, logits.detach()
 
     def _need(self, level: Access) -> None:
-        if LEVELS.index(self.access) < LEVELS.index(level):
-            raise AccessError(f"the attack asked for {level}, but declares access to {self.access} only")
+        if LEVELS.index(self._access) < LEVELS.index(level):
+            raise AccessError(f"the attack asked for {level}, but declares access to {self._access} only")
 
     def _ask(self, x: Tensor, differentiable: bool) -> Tensor:
         alone = x.dim() == self._clean.dim()
@@ -157,15 +155,15 @@ class Problem:
     def _sendable(self, count: int) -> Tensor:
         """Which of ``count`` candidates an input are sent: (B, count) bool."""
         sent = self.open.unsqueeze(1).expand(-1, count)
-        if self.budget.forwards is not None:
-            left = self.budget.forwards - self._ledger.forwards[self._rows]
+        if self._budget.forwards is not None:
+            left = self._budget.forwards - self._ledger.forwards[self._rows]
             sent = sent & (torch.arange(count, device=left.device) < left.unsqueeze(1))
         return sent
 
     def _remember(self, x: Tensor, logits: Tensor, owners: Tensor) -> None:
         """Keeps the nearest hit of each input, if it is nearer than what the ledger has."""
         hits = Goal(self._goal.labels[owners], self._goal.targeted).met(logits).nonzero()[:, 0]
-        hits = hits[self._threat.inside(x[hits], SLACK)]
+        hits = hits[self._threat.inside(x[hits], slack=1e-5)]
         if not len(hits):
             return
         owners = owners[hits]

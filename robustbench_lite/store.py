@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-import zipfile
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from robustbench_lite.outcome import COLUMNS, Outcome
 
 SCHEMA = 1
+_CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Store:
             return None
         try:
             outcome = _read(path)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged zip raises anything
             self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error})")
             return None
         if not np.array_equal(outcome.row, np.arange(start, stop)):
@@ -69,8 +71,7 @@ class Store:
     def save(self, cell: Cell, outcome: Outcome) -> None:
         """Writes a chunk under its final name in one step."""
         path = self._path(cell, int(outcome.row[0]), int(outcome.row[-1]) + 1)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(path):
             about = path.parent / "cell.json"
             if not about.exists():
                 _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
@@ -78,8 +79,16 @@ class Store:
             with part.open("wb") as file:
                 np.savez_compressed(file, schema=SCHEMA, **{f.name: getattr(outcome, f.name) for f in fields(Outcome)})
             os.replace(part, path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}; what was finished before is kept") from error
+
+    def ask(self, cell: Cell, eps: float) -> None:
+        """Remembers that a cell whose key has no eps was asked about this one."""
+        path = self.folder / "cells" / cell.key / f"eps={eps!r}"
+        with _writing(path):
+            path.touch()
+
+    def asked(self, cell: Cell) -> set[float]:
+        """Every eps that a cell whose key has none was asked about."""
+        return {float(path.name[4:]) for path in (self.folder / "cells" / cell.key).glob("eps=*")}
 
     def cells(self) -> Iterator[tuple[Cell, list[Outcome]]]:
         """Every cell of the folder, with the chunks that it has."""
@@ -93,7 +102,8 @@ class Store:
             if cell.key != about.parent.name:
                 self.warn(f"{about} does not belong to its folder, or to another version, and is left out")
                 continue
-            spans = sorted(tuple(map(int, path.stem.split("-"))) for path in about.parent.glob("*-*.npz"))
+            names = filter(None, (_CHUNK_NAME.fullmatch(path.name) for path in about.parent.iterdir()))
+            spans = sorted((int(name[1]), int(name[2])) for name in names)
             chunks = [self.load(cell, *span) for span in _disjoint(spans)]
             yield cell, [chunk for chunk in chunks if chunk is not None]
 
@@ -101,12 +111,22 @@ class Store:
         return self.folder / "cells" / cell.key / f"{start:08d}-{stop:08d}.npz"
 
 
-def _disjoint(spans: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+def _disjoint(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Of the spans that start at the same row (a last chunk of fewer rows, and a whole one) the longest."""
     longest: dict[int, int] = {}
     for start, stop in spans:
         longest[start] = max(stop, longest.get(start, 0))
     return sorted(longest.items())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Makes the folder of a file that is about to be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
 
 
 def _write(path: Path, content: bytes) -> None:

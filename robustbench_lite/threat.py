@@ -1,5 +1,6 @@
 """What the adversary may do (:class:`ThreatModel`) and what the adversary wants (:class:`Goal`)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class ThreatModel:
         if not colon:
             raise ValueError(f"threat {text!r} has no eps; write {name}:0.3")
         threat = cls(norm, parse_number(eps))
+        if math.isinf(threat.eps):
+            raise ValueError(f"threat {text!r} allows everything; eps must be finite")
         if name in ("linf", "patch") and threat.eps > 1:
             unit = "pixels run from 0 to 1" if name == "linf" else "it is a share of the image's area"
             raise ValueError(f"{name}: eps {threat.eps:g} is above 1, but {unit}; did you mean {threat.eps:g}/255?")
@@ -88,8 +91,12 @@ class ThreatModel:
 
     def allows(self, x: Tensor, clean: Tensor, slack: float = 1e-5) -> Tensor:
         """Which rows of ``x`` the adversary may show the model; ``slack`` forgives rounding."""
-        limit = self.norm.limit(self.eps, clean)
-        return self.inside(x, slack) & (self.norm.size(x - clean) <= limit + slack)
+        return self.inside(x, slack) & (self.norm.size(x - clean) <= self.reach(clean, slack))
+
+    def reach(self, like: Tensor, slack: float = 1e-5) -> float:
+        """The largest size that passes for admissible; ``slack`` is relative once sizes are above 1."""
+        limit = self.norm.limit(self.eps, like)
+        return limit + slack * max(1.0, limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,15 +97,18 @@ class Workshop:
         model = (Defended(self._own()) if self.own else self._trained(links[0])).eval().to(self.device)
         for wrapper in wrappers:
             model = wrapper(model, self._lab()).eval().to(self.device)
-        spec = "+".join(map(registry.spec, links)) or NONE
         identity = {
-            "defense": spec,
+            "defense": self.spec(links),
             "weights": weights_hash(model),
             "code": self._code(),
             "inputs": vars(self.inputs),
             "wrappers": [_identity(wrapper) for wrapper in wrappers],
         }
-        return Subject(model, spec, self.architecture, identity)
+        return Subject(model, self.spec(links), self.architecture, identity)
+
+    @staticmethod
+    def spec(links: Sequence[Defense]) -> str:
+        return "+".join(map(registry.spec, links)) or NONE
 
     def train(self, recipe: Defense, seed: int = 0, checkpoint: Path | None = None) -> Defended:
         """A new model, trained by a recipe; with a checkpoint a training that was stopped goes on."""
@@ -120,6 +122,8 @@ class Workshop:
         Raises:
             ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
         """
+        if not self.own and self.inputs != AS_IS:
+            raise ValueError("mean, std, bounds and probabilities describe a model of yours; give it, or its weights")
         if chain.strip() == NONE:
             if not self.own:
                 raise ValueError(f"defense {NONE} needs a trained model: --model FILE.py:factory, or --weights FILE")
@@ -141,7 +145,7 @@ class Workshop:
         elif self._refers:
             model = models.load_factory(self.architecture)
         else:
-            model = models.build(self.architecture, self.shape, self.classes)
+            model = models.build(self.architecture, self.shape, self.classes).eval()
         if self.weights is not None:
             fill(model, self.weights)
         if model.training:
@@ -154,8 +158,10 @@ class Workshop:
         """What stands for the user's code in a key: the hash of its file, or where it was imported from."""
         if isinstance(self.model, nn.Module):
             return f"{type(self.model).__module__}.{type(self.model).__qualname__}: {self.model}"
-        path = Path(self.architecture.rpartition(":")[0])
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".py" else self.architecture
+        place, _, factory = self.architecture.rpartition(":")
+        if not place.endswith(".py"):
+            return self.architecture
+        return f"{hashlib.sha256(Path(place).read_bytes()).hexdigest()}:{factory}"
 
     def _trained(self, recipe: Defense) -> Defended:
         """What ships, else what the cache holds, else newly trained and then cached."""
@@ -188,6 +194,26 @@ class Workshop:
         return Lab(train, noise, lambda chain: self.subject(chain).model, self.device)
 
 
+def load_defense(
+    defense: str = "madry",
+    dataset: str = "mnist",
+    *,
+    model: str | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "cpu",
+) -> Defended:
+    """A defended model in eval mode, images in [0, 1] to logits: shipped, from the cache, or trained once.
+
+    Raises:
+        ValueError: for an unknown defense, or training data that is neither there nor to be had.
+    """
+    folder = None if data_dir is None else Path(data_dir)
+    test = data.load(dataset, "test", folder)
+    place = torch.device(device)
+    workshop = Workshop(dataset, test.shape, test.classes, data_dir=folder, model=model, device=place)
+    return workshop.subject(defense).model
+
+
 def complete(recipe: Any, dataset: str) -> Any:
     """A recipe whose eps is None, at the data set's customary eps for its norm."""
     if getattr(recipe, "eps", 0) is None:
@@ -201,7 +227,6 @@ def fill(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: for a file that is missing, unreadable or made for another architecture.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -209,7 +234,7 @@ def fill(model: nn.Module, path: Path) -> None:
     try:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{path} is no safetensors file and no torch state dict: {_first_line(error)}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -62,7 +62,8 @@ def halfspace(
     wanted = (2 * y - 1) * distance * DUAL[norm](w)
     x += ((wanted - (x - 0.5) @ w) / w.square().sum()).unsqueeze(1) * w
     model = Linear(torch.stack([-w / 2, w / 2]), torch.stack([w.sum() / 4, -w.sum() / 4]))
-    assert x.min() > 0.02 and x.max() < 0.98
+    assert x.min() > 0.02
+    assert x.max() < 0.98
     return Halfspace(model.to(dtype), x.view(count, *shape).to(dtype), y)
 
 

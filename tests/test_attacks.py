@@ -222,12 +222,14 @@ def test_restarts_and_the_other_loss_are_used():
     net, x, y = convolutional(100)
     broken = {
         spec: (evaluate(make("attack", spec), net, x, y, "linf:0.03").status == BROKEN).sum()
-        for spec in ("pgd:steps=2", "pgd:steps=2,restarts=8", "pgd:steps=2,restarts=8,loss=margin")
+        for spec in ("pgd:steps=2", "pgd:steps=2,restarts=8")
     }
-    assert broken["pgd:steps=2"] <= broken["pgd:steps=2,restarts=8"]
+    assert broken["pgd:steps=2"] < broken["pgd:steps=2,restarts=8"]
     sources = [make("attack", f"pgd:loss={loss},steps=3,random_start=false") for loss in ("ce", "margin")]
     ends = [proposed(attack, net, x, y, threat("l2", 0.05)) for attack in sources]
-    assert not torch.equal(ends[0], ends[1])
+    both = (ends[0] + ends[1]).isfinite().flatten(1).all(1)
+    assert both.sum() >= 16
+    assert ((ends[0] - ends[1])[both].abs() > 1e-4).any()
 
 
 def proposed(attack, net, x, y, threat):

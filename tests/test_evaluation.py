@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from robustbench_lite.defended import Defended
-from robustbench_lite.evaluation import evaluate
+from robustbench_lite.evaluation import Bench, evaluate
 from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.registry import make
 from robustbench_lite.threat import ThreatModel, find_norm
@@ -79,7 +79,7 @@ CHEATS = {
     "one input too few": (
         lambda p: p.x[1:],
         UNKNOWN,
-        "error: the attack returned (19, 1, 10, 10) for a batch of (20, 1",
+        "error: the attack returned (19, 1, 10, 10) for a batch",
     ),
     "another shape": (lambda problem: problem.x.flatten(1), UNKNOWN, "error: the attack returned (20, 100)"),
     "None": (lambda problem: None, UNKNOWN, "error: the attack returned NoneType"),
@@ -244,6 +244,18 @@ def test_a_hit_that_does_not_hold_is_unknown(returned):
     assert outcome.reason.tolist() == [FORGOTTEN] * 10 + [""] * 10
 
 
+def test_a_refused_point_earns_nothing_when_the_clean_input_turns():
+    model = Moody(HALF.model)
+
+    def attack(problem):
+        model.lying = True
+        return FAR
+
+    outcome = evaluate(Scripted(attack), model, HALF.x, HALF.y, "l2:0.3")
+    assert set(outcome.status) == {UNKNOWN}
+    assert set(outcome.reason) == {OUTSIDE}
+
+
 def test_a_model_that_answers_at_random_is_asked_again():
     class Random(nn.Module):
         def __init__(self):
@@ -299,14 +311,12 @@ def line_search(problem):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0", "patch"])
-@pytest.mark.parametrize("eps", [1e-3, 0.5])
-def test_one_run_of_a_minimising_attack_gives_the_whole_curve(norm, eps):
+def test_one_run_of_a_minimising_attack_gives_the_whole_curve(norm):
     pixels = norm in ("l0", "patch")  # there, one pixel is enough
     exact = 1 if pixels else {"linf": 0.05, "l2": DISTANCE, "l1": 0.2}[norm]
     half = halfspace("l1", 0.2) if pixels else halfspace(norm, exact)
-    outcome = evaluate(
-        Scripted(line_search, minimises=True), half.model, half.x, half.y, ThreatModel(find_norm(norm), eps)
-    )
+    bench = Bench(Defended(half.model), ThreatModel(find_norm(norm), 1e-3), classes=2)
+    (outcome,) = bench.run(Scripted(line_search, minimises=True), half.x, half.y, torch.arange(len(half.x)))
     assert set(outcome.status) == {BROKEN}
     np.testing.assert_allclose(outcome.distance, exact, rtol=1e-3)
     assert (outcome.distance >= exact * (1 - 1e-5)).all()
@@ -316,8 +326,16 @@ def test_one_run_of_a_minimising_attack_gives_the_whole_curve(norm, eps):
         assert set(short.adversarial) == {-1}
         assert np.isnan(short.distance).all()
         assert not short.fooled.any()
+        assert not len(short.images)
     for limit in (1.002 * exact, 2 * exact, np.inf):
         assert_same(outcome.within(limit), outcome)
+
+
+@pytest.mark.parametrize(("eps", "status"), [(0.04, HELD), (0.06, BROKEN)])
+def test_a_minimising_attack_is_judged_at_the_eps_asked_for(eps, status):
+    half = halfspace("linf", 0.05)
+    outcome = evaluate(Scripted(line_search, minimises=True), half.model, half.x, half.y, f"linf:{eps}")
+    assert set(outcome.status) == {status}
 
 
 def test_a_minimising_attack_that_returns_rubbish_proves_nothing():
@@ -520,11 +538,8 @@ def test_a_frame_has_a_row_an_input():
     assert tuple(frame.columns) == COLUMNS
     assert "images" not in COLUMNS
     assert len(frame) == 250
-    whole, real, text = (
-        {"row", "label", "clean", "adversarial", "forwards", "backwards"},
-        {"distance", "seconds"},
-        {"status", "reason"},
-    )
+    whole = {"row", "label", "clean", "adversarial", "forwards", "backwards"}
+    real, text = {"distance", "seconds"}, {"status", "reason"}
     assert {name for name in COLUMNS if frame[name].dtype == np.int64} == whole
     assert {name for name in COLUMNS if frame[name].dtype == np.float64} == real
     assert set(COLUMNS) - whole - real == text

@@ -68,7 +68,9 @@ def test_a_row_has_its_numbers_in_any_batch(
     noise = Noise(3, torch.arange(257)).at("x")
     whole = draw(noise, batch(257, *shape, dtype=dtype))
     for size in (1, 7):
-        parts = [draw(noise.over(rows), batch(len(rows), *shape, dtype=dtype)) for rows in torch.arange(257).split(size)]
+        parts = [
+            draw(noise.over(rows), batch(len(rows), *shape, dtype=dtype)) for rows in torch.arange(257).split(size)
+        ]
         assert torch.equal(torch.cat(parts), whole)
     order = torch.arange(257).roll(100).flip(0)
     assert torch.equal(draw(noise[order], batch(257, *shape, dtype=dtype)), whole[order])
@@ -117,7 +119,7 @@ def test_uniform_numbers_are(dtype: torch.dtype):
     assert numbers.dtype == dtype
     assert numbers.min() >= 0
     assert numbers.max() < 1
-    for column in numbers.T:
+    for column in (numbers.flatten(), *numbers.T):
         assert_likely(stats.kstest(column, "uniform"))
 
 
@@ -134,7 +136,7 @@ def test_normal_numbers_are(dtype: torch.dtype):
     numbers = NOISE.normal(batch(4000, 9, dtype=dtype))
     assert numbers.dtype == dtype
     assert numbers.isfinite().all()
-    for column in numbers.T:
+    for column in (numbers.flatten(), *numbers.T):
         assert_likely(stats.kstest(column, "norm"))
         assert abs(stats.kurtosis(column)) < 0.4
     # the two of a pair: independent, so that the radius is as well

@@ -72,6 +72,7 @@ def test_a_threat_is_read(text: str, name: str, eps: float):
         ("linf:-0.1", "linf: eps must be 0 or more, not -0.1"),
         ("l2:-8/255", "l2: eps must be 0 or more"),
         ("l2:nan", "l2: eps must be 0 or more, not nan"),
+        ("l2:inf", "'l2:inf' allows everything; eps must be finite"),
         ("linf:8", "linf: eps 8 is above 1, but pixels run from 0 to 1; did you mean 8/255?"),
         ("patch:5", "patch: eps 5 is above 1, but it is a share of the image's area"),
     ],
@@ -163,6 +164,12 @@ def test_slack_forgives_rounding_and_no_more():
     assert ThreatModel(NORMS["linf"], 0.3).allows(x, clean).tolist() == [True, True, False, False]
     assert ThreatModel(NORMS["linf"], 0.3).allows(x, clean, slack=1e-3).all()
     assert ThreatModel(NORMS["linf"], 0.3 + 1e-7).allows(x, clean, slack=0).tolist() == [True, False, False, False]
+
+
+def test_slack_is_relative_to_large_sizes():
+    clean = torch.zeros(2, 100)
+    x = clean + torch.tensor([[0.5 + 2e-6], [0.5 + 1e-5]])
+    assert ThreatModel(NORMS["l1"], 50).allows(x, clean).tolist() == [True, False]
 
 
 def test_nothing_outside_the_pixel_range_is_allowed():

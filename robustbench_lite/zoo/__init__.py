@@ -45,7 +45,10 @@ def load(entry: Shipped) -> dict[str, Tensor]:
     from safetensors.torch import load as from_bytes
 
     path = FOLDER / entry.file
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; install the package again") from error
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise ValueError(f"{path} has SHA-256 {found[:12]}..., not {entry.sha256[:12]}...; install the package again")

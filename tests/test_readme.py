@@ -1,0 +1,42 @@
+"""Every Python block of the README runs as it stands."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from robustbench_lite import cli, registry
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
+    for kind in registry.KINDS:
+        registry.plugins(kind)
+        monkeypatch.setitem(registry._tables, kind, dict(registry._tables[kind]))
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) == 3
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "# mine.py" not in block])
+def test_a_block_runs_and_prints_a_table(block, capsys):
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) > 2
+
+
+def test_the_custom_attack_is_short_and_runs_as_a_plugin(tmp_path, monkeypatch, capsys):
+    (block,) = (block for block in BLOCKS if "# mine.py" in block)
+    body = block[block.index("@attack") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 15
+    (tmp_path / "mine.py").write_text(block)
+    command = "robust-bench --plugin mine.py --attack mine,fgsm --defense standard --n 20 --csv board.csv"
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert cli.main() == 0
+    assert "mine; fgsm" in (tmp_path / "board.csv").read_text()

@@ -1,0 +1,309 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.ascent import ascend, customary_length, input_gradient
+from robustbench_lite.data import Images, load
+from robustbench_lite.defended import Defended
+from robustbench_lite.evaluation import evaluate
+from robustbench_lite.models import build
+from robustbench_lite.noise import Noise
+from robustbench_lite.norms import l2, linf
+from robustbench_lite.registry import make
+from robustbench_lite.threat import Goal, ThreatModel
+from robustbench_lite.training import Lab, Progress, cross_entropy, fit
+
+
+class Killed(KeyboardInterrupt):
+    pass
+
+
+def separable() -> Images:
+    """200 images of noise; the left half of the second class is brighter than its right half, the first's darker."""
+    y = torch.arange(200) % 2
+    x = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
+    x[y == 0, :, :, 4:] += 0.5
+    x[y == 1, :, :, :4] += 0.5
+    return Images("halves", "train", x, y, 2, "")
+
+
+def no_sources(spec: str) -> Defended:
+    raise AssertionError(spec)
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab(separable(), Noise(0, torch.arange(200)), no_sources)
+
+
+def net(seed: int = 0) -> nn.Module:
+    return build("mlp", (1, 8, 8), 2, seed)
+
+
+def trained(lab: Lab, seed: int = 0, **settings: Any) -> nn.Module:
+    model = net(seed)
+    fit(model, lab, cross_entropy(model), **{"epochs": 3, "batch": 48, "rate": 0.005, **settings})
+    return model
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, one), other in zip(a.state_dict().items(), b.state_dict().values()):
+        assert torch.equal(one, other), name
+
+
+def weight(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# the loop
+
+
+def test_the_loss_falls_and_the_classes_are_told_apart(lab: Lab):
+    seen: list[Progress] = []
+    model = trained(replace(lab, report=seen.append))
+    assert [(progress.epoch, progress.step) for progress in seen] == [(e, s) for e in range(3) for s in range(1, 6)]
+    assert {(progress.epochs, progress.steps) for progress in seen} == {(3, 5)}
+    first, *_, last = [progress for progress in seen if progress.step == 5]
+    assert last.loss < first.loss / 2
+    assert last.accuracy == 1
+    assert (model(lab.data.x).argmax(1) == lab.data.y).all()
+    assert not model.training
+
+
+def test_progress_counts_every_input_once(lab: Lab):
+    """A loss of 1 for each of the first class: means over the epoch so far, whatever the size of the last batch."""
+    model, seen = net(), []
+
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        logits = torch.eye(2)[torch.zeros_like(y)]
+        return (y == 0).double().mean() + 0 * model(x).sum(), logits
+
+    fit(model, replace(lab, report=seen.append), loss, epochs=1, batch=48)
+    assert seen[-1].loss == pytest.approx(0.5)
+    assert seen[-1].accuracy == 0.5
+
+
+def test_every_epoch_shows_every_input_once_in_another_order(lab: Lab):
+    model, orders = net(), {0: [], 1: []}
+
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        assert torch.equal(x, lab.data.x[noise.rows])
+        assert torch.equal(y, lab.data.y[noise.rows])
+        orders[int(epoch)] += noise.rows.tolist()
+        return cross_entropy(model)(x, y, noise, epoch)
+
+    fit(model, lab, loss, epochs=2, batch=64)
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(200))
+    assert orders[0] != orders[1]
+    assert orders[0] != list(range(200))
+
+
+def test_the_noise_of_a_batch_is_keyed_by_epoch_and_input(lab: Lab):
+    model, drawn = net(), {}
+
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        for row, number in zip(noise.rows.tolist(), noise.uniform(x.new_empty(len(x), 1))[:, 0].tolist()):
+            drawn[int(epoch), row] = number
+        return cross_entropy(model)(x, y, noise, epoch)
+
+    fit(model, lab, loss, epochs=2, batch=64)
+    small = dict(drawn)
+    fit(model, lab, loss, epochs=2, batch=200)
+    assert drawn == small
+    assert len(set(drawn.values())) == 400
+
+
+def test_the_same_seed_gives_the_same_weights(lab: Lab):
+    model = trained(lab)
+    torch.manual_seed(9)
+    torch.rand(3)
+    assert_same(trained(lab), model)
+    other = trained(replace(lab, noise=Noise(1, torch.arange(200))))
+    assert not torch.equal(weight(other), weight(model))
+
+
+class Recorded(torch.optim.Adam):
+    rates: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.rates.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def test_the_rate_falls_along_half_a_cosine(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Recorded, "rates", [])
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    trained(lab, epochs=4, batch=50, rate=0.01)
+    assert Recorded.rates == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 16)) for step in range(16)])
+    assert Recorded.rates[0] == 0.01
+    assert Recorded.rates[8] == pytest.approx(0.005)
+    assert Recorded.rates[-1] < 0.0001
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_training(lab: Lab, poison: float):
+    model, calls = net(), []
+
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        calls.append(weight(model))
+        value, logits = cross_entropy(model)(x, y, noise, epoch)
+        return value * (poison if len(calls) == 8 else 1), logits
+
+    with pytest.raises(ValueError, match=f"the loss is {poison} at epoch 2, step 3; lower rate or eps"):
+        fit(model, lab, loss, epochs=3, batch=48)
+    assert torch.equal(weight(model), calls[-1])
+
+
+# kills
+
+
+def killed(lab: Lab, checkpoint: Path, epoch: int, step: int) -> None:
+    def report(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (epoch, step):
+            raise Killed
+
+    with pytest.raises(Killed):
+        trained(replace(lab, checkpoint=checkpoint, report=report))
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 3), (1, 1), (1, 5), (2, 4)])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(lab: Lab, tmp_path: Path, epoch: int, step: int):
+    checkpoint, seen = tmp_path / "checkpoint", []
+    killed(lab, checkpoint, epoch, step)
+    resumed = trained(replace(lab, checkpoint=checkpoint, report=seen.append), seed=1 if epoch else 0)
+    assert (seen[0].epoch, seen[0].step) == (epoch, 1)
+    assert_same(resumed, trained(lab))
+    assert not resumed.training
+
+
+def test_a_training_that_was_killed_twice_goes_on_to_the_same_weights(lab: Lab, tmp_path: Path):
+    killed(lab, tmp_path / "checkpoint", 1, 2)
+    killed(lab, tmp_path / "checkpoint", 2, 2)
+    assert_same(trained(replace(lab, checkpoint=tmp_path / "checkpoint")), trained(lab))
+
+
+def test_a_kill_while_saving_leaves_the_last_checkpoint(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    saved, count = torch.save, iter(range(9))
+
+    def half(state: object, path: Path) -> None:
+        if next(count) == 1:
+            path.write_bytes(b"half a checkpoint")
+            raise Killed
+        saved(state, path)
+
+    monkeypatch.setattr(torch, "save", half)
+    started = replace(lab, checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(Killed):
+        trained(started)
+    assert_same(trained(started, seed=1), trained(lab))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_finished_training_is_not_begun_again(lab: Lab, tmp_path: Path):
+    model = trained(replace(lab, checkpoint=tmp_path / "checkpoint"))
+    killed_at_once = replace(lab, checkpoint=tmp_path / "checkpoint", report=lambda _: pytest.fail("trained again"))
+    assert_same(trained(killed_at_once, seed=1), model)
+
+
+# the ascent
+
+
+def test_the_gradient_of_an_input_leaves_the_parameters_alone():
+    model, x, y = net().double(), separable().x[:3].double(), torch.tensor([0, 1, 1])
+    gradient = input_gradient(model, Goal(y))(x)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert not x.requires_grad
+    probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    rise = Goal(y).cross_entropy(model(x + 1e-5 * probe)) - Goal(y).cross_entropy(model(x - 1e-5 * probe))
+    torch.testing.assert_close((gradient * probe).flatten(1).sum(1), rise.detach() / 2e-5)
+
+
+def test_the_ascent_reaches_the_corner_that_a_linear_loss_points_to():
+    clean, slope = torch.full((2, 4), 0.5), torch.tensor([[1.0, -1.0, 0.1, 0.0], [-2.0, 1.0, 1.0, 1.0]])
+    threat, asked = ThreatModel(linf, 0.3), []
+
+    def gradient(x: Tensor) -> Tensor:
+        asked.append(x)
+        return slope
+
+    x = ascend(gradient, clean, clean, threat, 4, customary_length(0.3, 4))
+    torch.testing.assert_close(x, clean + 0.3 * slope.sign())
+    assert len(asked) == 4
+    torch.testing.assert_close(asked[1], clean + 0.1875 * slope.sign())
+    x = ascend(gradient, clean, clean, ThreatModel(l2, 0.3), 1, 0.2)
+    torch.testing.assert_close(x, clean + 0.2 * slope / slope.norm(dim=1, keepdim=True))
+
+
+# the recipes
+
+
+class Watched(nn.Module):
+    """How far what the model saw of a grey image had moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.moved = net(), []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.moved.append((x.detach() - 0.5).abs().max().item())
+        logits: Tensor = self.model(x)
+        return logits
+
+
+def test_madry_s_eps_rises_from_nothing_and_stays(lab: Lab):
+    grey = replace(lab, data=replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
+    model = Watched()
+    make("defense", "madry:eps=0.2,steps=2,warmup=2,epochs=4,batch=50")(model, grey)
+    assert len(model.moved) == 4 * 4 * 3  # epochs, batches; two forwards for the gradient and one to train
+    trained_on = model.moved[2::3]
+    assert trained_on == pytest.approx([0.2 * min(1, step / 8) for step in range(16)], abs=1e-6)
+    starts = model.moved[::3]
+    assert all(0.9 * end <= start <= end + 1e-6 for start, end in zip(starts, trained_on))  # random, inside the ball
+
+
+def test_madry_without_warmup_begins_at_eps(lab: Lab):
+    grey = replace(lab, data=replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
+    model = Watched()
+    make("defense", "madry:eps=0.2,steps=2,warmup=0,epochs=1,batch=100")(model, grey)
+    assert model.moved[2::3] == pytest.approx([0.2, 0.2], abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_madry_gives_the_same_weights_twice_and_after_a_kill(lab: Lab, tmp_path: Path, norm: str):
+    recipe = make("defense", f"madry:norm={norm},eps=0.2,steps=2,warmup=1,epochs=2,batch=100")
+    once = recipe(net(), lab)
+    assert isinstance(once, Defended)
+    assert not once.training
+    assert_same(recipe(net(), lab), once)
+
+    def report(progress: Progress) -> None:
+        if progress.epoch == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        recipe(net(), replace(lab, checkpoint=tmp_path / "checkpoint", report=report))
+    assert_same(recipe(net(1), replace(lab, checkpoint=tmp_path / "checkpoint")), once)
+
+
+@pytest.mark.parametrize("eps", ["0", "-0.1"])
+def test_madry_wants_an_eps_above_0(eps: str):
+    with pytest.raises(ValueError, match="eps must be above 0"):
+        make("defense", f"madry:eps={eps}")
+
+
+def test_adversarial_training_pays_on_digits():
+    data, test = load("digits", "train"), load("digits", "test").take(slice(200))
+    lab = Lab(data, Noise(0, torch.arange(len(data))), no_sources)
+    held, clean = {}, {}
+    for recipe in ("standard:epochs=8,rate=0.005", "madry:eps=0.1,steps=4,epochs=8,warmup=2,rate=0.005"):
+        model = make("defense", recipe)(build("cnn", data.shape, data.classes), lab)
+        outcome = evaluate(make("attack", "pgd:steps=10"), model, test.x, test.y, "linf:0.1")
+        name = recipe.partition(":")[0]
+        held[name], clean[name] = (outcome.status == "held").mean(), (outcome.status != "wrong").mean()
+    assert min(clean.values()) > 0.9
+    assert held["madry"] > held["standard"] + 0.1
