@@ -42,6 +42,8 @@ class Madry:
     def __post_init__(self) -> None:
         if self.eps is not None and not self.eps > 0:
             raise ValueError(f"eps must be above 0, not {self.eps:g}")
+        if self.steps < 1 or self.warmup < 0:
+            raise ValueError("steps must be 1 or more, and warmup 0 or more")
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
         assert self.eps is not None, "completed by the harness"

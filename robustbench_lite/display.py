@@ -121,10 +121,10 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = "rank,defense,threat,n,clean %,robust % [95 %],worst attack,unknown,forwards,backwards,seconds".split(",")
-    shown = len(heads) if console.width >= WIDE else heads.index("forwards")
+    heads = ["rank", "defense", "threat", "n", "clean %", "robust % [95 %]", "worst attack", "unknown"]
+    heads += ["forwards", "backwards", "seconds"] if console.width >= WIDE else []
     title = "Leaderboard: what survives every attack"
-    console.print(table(title, heads[:shown], [line[:shown] for line in lines]))
+    console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 
 
 def _cell(fraction: float, examples: int) -> str:

@@ -362,7 +362,7 @@ def _threat(given: str | ThreatModel, images: data.Images) -> ThreatModel:
             ThreatModel.parse(given) if named else ThreatModel(find_norm(given), data.customary_eps(images.name, given))
         )
     most = float(given.norm.size(torch.ones(1, *images.shape)))
-    if given.norm.limit(given.eps, images.x) > most:
+    if max(given.eps, given.norm.limit(given.eps, images.x)) > most:
         raise ValueError(f"{given}: eps is above the range; two images of {images.name} differ by at most {most:g}")
     return given
 

@@ -108,8 +108,8 @@ def build(name: str, shape: Shape, classes: int, seed: int = 0) -> nn.Module:
     """
     if name not in MODELS:
         near = get_close_matches(name, MODELS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ";"
-        raise ValueError(f"no model {name!r}{hint} There are: {', '.join(MODELS)}, and FILE.py:factory")
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise ValueError(f"no model {name!r}; {hint} are: {', '.join(MODELS)}, and FILE.py:factory")
     if name != "mlp" and (len(shape) != 3 or min(shape[1:]) < 4):
         raise ValueError(f"model {name} takes images of at least 4x4 pixels, not inputs of shape {shape}; try mlp")
     with torch.random.fork_rng():
@@ -139,7 +139,7 @@ def load_factory(reference: str) -> nn.Module:
         model = factory()
     except ValueError as error:
         raise ValueError(f"model {reference!r}: {_one_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"model {reference!r} could not be made: {type(error).__name__}: {_one_line(error)}"
         ) from error

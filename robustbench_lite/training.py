@@ -59,6 +59,8 @@ def fit(model: nn.Module, lab: Lab, loss: Loss, *, epochs: int, batch: int = 128
     Raises:
         ValueError: when the loss is no longer finite; names the step and what to lower.
     """
+    if epochs < 1 or batch < 1 or not rate > 0:
+        raise ValueError(f"epochs and batch must be 1 or more and rate above 0, not {epochs}, {batch} and {rate:g}")
     model.to(lab.device).train()
     optimiser = torch.optim.Adam(model.parameters(), rate)
     x, y = lab.data.x, lab.data.y

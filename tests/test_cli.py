@@ -260,6 +260,16 @@ def test_quiet_prints_tables_only_and_verbose_a_line_for_each_piece(bench):
     assert not [line for line in usual.errors if line.endswith(" inputs")]
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_heading_is_cut_on_a_narrow_screen(bench, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = bench(PGD).out
+    assert max(map(len, out.splitlines())) <= columns
+    words = set(out.replace("┃", " ").split())
+    assert {"rank", "defense", "threat", "clean", "robust", "worst", "attack", "unknown"} <= words
+    assert ({"forwards", "backwards", "seconds"} <= words) == (columns == 120)
+
+
 @pytest.mark.parametrize(("option", "count"), [("--n all", 599), ("", 599), ("--n 3", 3)])
 def test_n_counts_from_the_first_image_and_is_at_most_what_there_is(bench, option, count):
     ran = bench(f"--attack fgsm --dataset digits --model model.py:means --json --rows rows.csv {option}")
@@ -614,8 +624,8 @@ def test_help_and_version(bench):
     text = bench("--help")
     assert text.code == 0
     options = (
-        "attack defense dataset threat norm eps n target plugin model weights mean std bounds probabilities seed device "
-        "batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
+        "attack defense dataset threat norm eps n target plugin model weights mean std bounds probabilities seed "
+        "device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
     )
     commands = "train leaderboard attacks defenses certifiers datasets models cache doctor"
     for option in options.split():
@@ -737,17 +747,17 @@ LATER = {  # said after the line that says what is about to run
     f"{PGD} --model mlp --weights model.py": "model.py is no safetensors file and no torch state dict",
     f"{PGD} --std 0": "std must be above 0, not 0",
     "--model nonsense --dataset digits --defense standard:epochs=1": "no model 'nonsense'; There are: cnn, cnn-large, ",
-    "--attack pgd --model model.py:means --dataset npz:labels.npz --eps 0.1": "labels out of range: y runs from -1 to 3",
-    "--attack pgd --model model.py:means --dataset npz:cut.npz --eps 0.1": "cut.npz: not an .npz file, or a truncated one",
-    "--attack pgd --model model.py:means --dataset npz:none.npz --eps 0.1": "no file none.npz",
-    "--attack pgd --model model.py:means --dataset npz:data.npz": "no customary eps for npz:data.npz under linf; give an",
-    "--attack pgd --model model.py:means --dataset npz:data.npz --eps 0.1 --n 5": "n must be 1 to 4 (the test images of ",
+    "--model model.py:means --dataset npz:labels.npz --eps 0.1": "labels out of range: y runs from -1 to 3",
+    "--model model.py:means --dataset npz:cut.npz --eps 0.1": "cut.npz: not an .npz file, or a truncated one",
+    "--model model.py:means --dataset npz:none.npz --eps 0.1": "no file none.npz",
+    "--model model.py:means --dataset npz:data.npz": "no customary eps for npz:data.npz under linf; give an",
+    "--model model.py:means --dataset npz:data.npz --eps 0.1 --n 5": "n must be 1 to 4 (the test images of ",
     "train --defense madri --dataset digits --out w": "no defense 'madri'; did you mean madry? There are: ",
     "train --defense none --dataset digits --out w": "defense none needs a trained model",
     "train --defense standard --dataset digit --out w": "no data set 'digit'; did you mean digits?",
-    "train --defense standard --dataset digits --model model.py:means --out w": "train builds an architecture by name (cnn, cnn-large, ",
+    "train --defense standard --dataset digits --model model.py:means --out w": "train builds an architecture by name",
     "train --defense standard --dataset digits --out w --model nonsense": "no model 'nonsense'",
-    "--plugin trouble.py train --defense standard:epochs=1+same --dataset digits --out w": "train takes one recipe, not",
+    "--plugin trouble.py train --defense standard:epochs=1+same --dataset digits --out w": "train takes one recipe",
 }
 
 
