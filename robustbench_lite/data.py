@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from robustbench_lite.wording import suggest
 
 Split = Literal["train", "test"]
 Array = NDArray[Any]
@@ -187,9 +188,7 @@ def cache_dir() -> Path:
 def _source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
-    near = get_close_matches(name, SOURCES, n=1)
-    hint = f"did you mean {near[0]}? There" if near else "there"
-    raise ValueError(f"no data set {name!r}; {hint} are: {', '.join(SOURCES)}, and npz:FILE")
+    raise ValueError(f"no data set {name!r}; {suggest(name, SOURCES, more=', and npz:FILE')}")
 
 
 def _folder(data_dir: Path | None) -> Path | None:

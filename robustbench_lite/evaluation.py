@@ -19,6 +19,7 @@ from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN
 from robustbench_lite.plugins import Attack
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
+from robustbench_lite.wording import one_line
 
 REASON = 200  # characters that a reason keeps
 ERROR = "error: "
@@ -256,7 +257,3 @@ def _first_of_each_chunk(broken: NDArray[np.int64], row: NDArray[np.int64]) -> N
     chunk = row[broken] // CHUNK
     rank = np.arange(len(broken)) - np.searchsorted(chunk, chunk)
     return broken[rank < KEPT]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -4,13 +4,14 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from robustbench_lite.wording import one_line, suggest
 
 Shape = tuple[int, ...]
 
@@ -107,9 +108,7 @@ def build(name: str, shape: Shape, classes: int, seed: int = 0) -> nn.Module:
         ValueError: for an unknown name, or an architecture that cannot take inputs of this shape.
     """
     if name not in MODELS:
-        near = get_close_matches(name, MODELS, 1)
-        hint = f"did you mean {near[0]}? There" if near else "there"
-        raise ValueError(f"no model {name!r}; {hint} are: {', '.join(MODELS)}, and FILE.py:factory")
+        raise ValueError(f"no model {name!r}; {suggest(name, MODELS, more=', and FILE.py:factory')}")
     if name != "mlp" and (len(shape) != 3 or min(shape[1:]) < 4):
         raise ValueError(f"model {name} takes images of at least 4x4 pixels, not inputs of shape {shape}; try mlp")
     with torch.random.fork_rng():
@@ -138,18 +137,12 @@ def load_factory(reference: str) -> nn.Module:
             raise ValueError(f"{place} has no function {attribute!r}")
         model = factory()
     except ValueError as error:
-        raise ValueError(f"model {reference!r}: {_one_line(error)}") from error
+        raise ValueError(f"model {reference!r}: {one_line(error, named=False)}") from error
     except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"model {reference!r} could not be made: {type(error).__name__}: {_one_line(error)}"
-        ) from error
+        raise ValueError(f"model {reference!r} could not be made: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"model {reference!r} returned a {type(model).__name__}, not an nn.Module")
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _module_from_file(path: Path) -> object:

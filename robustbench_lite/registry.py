@@ -6,10 +6,9 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from robustbench_lite.specs import parse, read, settle, write
 from robustbench_lite.specs import split_chain as split_chain
 from robustbench_lite.specs import split_list as split_list
+from robustbench_lite.wording import one_line, suggest
 
 Kind = Literal["attack", "defense", "certifier"]
 Plugin = TypeVar("Plugin")
@@ -70,7 +70,7 @@ def find(kind: Kind, name: str) -> type:
     """The plugin class called ``name``."""
     there = plugins(kind)
     if name not in there:
-        raise ValueError(f"no {kind} {name!r}; {_hint(name, there, 'there are')}")
+        raise ValueError(f"no {kind} {name!r}; {suggest(name, there)}")
     return there[name]
 
 
@@ -81,7 +81,7 @@ def make(kind: Kind, text: str) -> Any:
     settings, hints = _settings(cls), get_type_hints(cls)
     for setting in texts:
         if setting not in settings:
-            raise ValueError(f"{kind} {name} has no setting {setting!r}; {_hint(setting, settings, 'it has')}")
+            raise ValueError(f"{kind} {name} has no setting {setting!r}; {suggest(setting, settings, 'it has')}")
     lacking = [field.name for field in settings.values() if _default(field) is MISSING and field.name not in texts]
     if lacking:
         raise ValueError(f"{kind} {name} needs {', '.join(lacking)}")
@@ -137,7 +137,7 @@ def load_file(path: Path) -> str:
         del sys.modules[module.__name__]
         if before:
             sys.modules[module.__name__] = before
-        raise ValueError(f"{path}:{_line(error, place)}: {_one_line(error)}") from error
+        raise ValueError(f"{path}:{_line(error, place)}: {one_line(error)}") from error
     _files[module.__name__] = _sha256(source)
     return _files[module.__name__]
 
@@ -177,7 +177,7 @@ def _scan(kind: Kind) -> None:
             with _all_or_nothing():
                 point.load()
         except Exception as error:
-            warnings.warn(f"{dist}: entry point {point.name} does not load: {_one_line(error)}", stacklevel=3)
+            warnings.warn(f"{dist}: entry point {point.name} does not load: {one_line(error)}", stacklevel=3)
         for cls in _tables[kind].values():
             if cls not in before or f"{cls.__module__}.".startswith(f"{point.module}."):
                 _dists.setdefault(cls, dist)
@@ -219,23 +219,11 @@ def _named(prefix: str, call: Callable[..., Any], *args: object, **settings: obj
         raise ValueError(f"{prefix} {error}") from error
 
 
-def _hint(asked: str, there: Iterable[str], lead: str) -> str:
-    """``did you mean pgd? There are: fgsm, pgd``"""
-    listed = f"{lead}: {', '.join(there)}" if (there := list(there)) else f"{lead} none"
-    close = get_close_matches(asked, there, n=1)
-    return f"did you mean {close[0]}? {listed[0].upper()}{listed[1:]}" if close else listed
-
-
 def _line(error: BaseException, place: str) -> int | None:
     if isinstance(error, SyntaxError) and error.filename == place:
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == place]
     return lines[-1] if lines else 1
-
-
-def _one_line(error: BaseException) -> str:
-    message = error.msg if isinstance(error, SyntaxError) else str(error)
-    return f"{type(error).__name__}: {' '.join(message.split())}"
 
 
 def _sha256(content: bytes) -> str:

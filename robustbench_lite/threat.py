@@ -9,6 +9,7 @@ from torch import Tensor
 
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS, Norm
+from robustbench_lite.wording import suggest
 
 
 def parse_number(text: str) -> float:
@@ -22,7 +23,7 @@ def parse_number(text: str) -> float:
 
 def find_norm(name: str) -> Norm:
     if name not in NORMS:
-        raise ValueError(f"no norm {name!r}; there are: {', '.join(NORMS)}")
+        raise ValueError(f"no norm {name!r}; {suggest(name, NORMS)}")
     return NORMS[name]
 
 

@@ -16,6 +16,7 @@ from robustbench_lite.defended import Defended
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
 from robustbench_lite.training import Lab, Progress
+from robustbench_lite.wording import one_line
 
 NONE = "none"  # the defense of a model that is evaluated as it is
 
@@ -235,7 +236,9 @@ def fill(model: nn.Module, path: Path) -> None:
         safe = path.suffix == ".safetensors"
         state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"{path} is no safetensors file and no torch state dict: {_first_line(error)}") from error
+        raise ValueError(
+            f"{path} is no safetensors file and no torch state dict: {one_line(error, named=False)[:200]}"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -243,7 +246,7 @@ def fill(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(_cast(state, torch.float32))
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the model: {_first_line(error)}") from error
+        raise ValueError(f"{path} does not fit the model: {one_line(error, named=False)[:200]}") from error
 
 
 def save(model: nn.Module, path: Path, half: bool = False) -> str:
@@ -275,7 +278,3 @@ def weights_hash(model: nn.Module) -> str:
 
 def _identity(plugin: object) -> dict[str, Any]:
     return {**registry.identity(plugin), "origin": registry.origin(type(plugin))}
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

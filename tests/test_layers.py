@@ -18,7 +18,7 @@ LAYERS = [
     {"matrix", "leaderboard", "report", "audit"},
     {"evaluation", "certifying", "trained", "store", "outcome"},
     {"plugins", "problem", "defended", "training", "ascent", "bounds"},  # and what a plugin may import begins here
-    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo"},
+    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "wording"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 SHARED = RANK["plugins"]

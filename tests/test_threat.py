@@ -61,7 +61,7 @@ def test_a_threat_is_read(text: str, name: str, eps: float):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("linfty:0.3", "no norm 'linfty'; there are: linf, l2, l1, l0, patch"),
+        ("linfty:0.3", "no norm 'linfty'; did you mean linf? There are: linf, l2, l1, l0, patch"),
         ("0.3", "no norm '0.3'"),
         ("", "no norm ''"),
         ("linf", "'linf' has no eps; write linf:0.3"),

@@ -1,0 +1,18 @@
+"""How errors are worded: one line that says what was asked and what there is."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def one_line(error: BaseException, named: bool = True) -> str:
+    """``ValueError: what went wrong``, or without its type, on one line."""
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    return " ".join(f"{type(error).__name__}: {message}".split() if named else message.split())
+
+
+def suggest(asked: str, there: Iterable[str], lead: str = "there are", more: str = "") -> str:
+    """``did you mean pgd? There are: fgsm, pgd``; ``more`` ends the list."""
+    there = list(there)
+    listed = f"{lead}: {', '.join(there)}{more}" if there else f"{lead} none"
+    close = get_close_matches(asked, there, n=1)
+    return f"did you mean {close[0]}? {listed[0].upper()}{listed[1:]}" if close else listed
