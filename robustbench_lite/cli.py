@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -250,16 +250,13 @@ def train(
         links = workshop.links(defense)
         if len(links) != 1:
             raise ValueError(f"train takes one recipe, not the chain {defense!r}")
-        checkpoint = out.with_name(f"{out.name}.checkpoint")
         try:
-            defended = workshop.train(links[0], seed, checkpoint)
+            defended = workshop.train(links[0], seed)
         except KeyboardInterrupt:
             display.bars.stop()
-            kept = f"{checkpoint} is kept" if checkpoint.exists() else "no epoch was finished"
-            errors.print(f"stopped; {kept}: run the same again to go on", soft_wrap=True)
+            errors.print("stopped; finished epochs are kept: run the same again to go on", soft_wrap=True)
             raise typer.Exit(STOPPED) from None
         sha256 = trained.save(defended.model, out, half)
-        checkpoint.unlink(missing_ok=True)
     _output().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", soft_wrap=True)
     _output().print(
         f"measure it: robust-bench --attack pgd --dataset {dataset} --model {workshop.architecture} --weights {out}",
@@ -415,10 +412,10 @@ def _whole(option: str, text: str) -> int:
 
 
 def _target(text: str | None) -> Target | None:
-    if text is None or text == "next" or text == "random" or text == "least-likely":
-        return text
+    if text in (None, "next", "random", "least-likely"):
+        return cast("Target | None", text)
     try:
-        return int(text)
+        return int(str(text))
     except ValueError:
         raise ValueError(f"--target wants a class's number, next, random or least-likely, not {text!r}") from None
 

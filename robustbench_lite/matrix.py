@@ -91,8 +91,8 @@ class Results:
 
 
 def benchmark(
-    attacks: Sequence[str | Attack] = ("pgd",),
-    defenses: Sequence[str] | None = None,
+    attacks: str | Sequence[str | Attack] = "pgd",
+    defenses: str | Sequence[str] | None = None,
     dataset: str = "mnist",
     threats: Sequence[str | ThreatModel] | None = None,
     *,
@@ -120,6 +120,8 @@ def benchmark(
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
+    attacks = [attacks] if isinstance(attacks, str) else attacks
+    defenses = [defenses] if isinstance(defenses, str) else defenses
     images = data.load(dataset, "test", _path(data_dir))
     count = len(images) if n is None else n
     if not 1 <= count <= len(images):
@@ -334,8 +336,17 @@ def _pairs(
     if not attacks:
         raise ValueError("there is no attack to run")
     if threats is None:
-        own = [(attack, next(norm for norm in NORMS if norm in attack.norms)) for attack in attacks]
-        found = [(attack, _threat(norm, images)) for attack, norm in own]
+        customary = data.SOURCES[images.name].eps if images.name in data.SOURCES else {}
+        found = []
+        for attack in attacks:
+            norms = [norm for norm in NORMS if norm in attack.norms]
+            norm = next((norm for norm in norms if norm in customary), norms[0])
+            if norm in customary or len(attacks) == 1:
+                found.append((attack, _threat(norm, images)))
+            else:
+                note(f"attack {registry.spec(attack)} is left out: {images.name} has no customary eps for {norm}")
+        if not found:
+            raise ValueError(f"{images.name} has no customary eps for any of the attacks; give --threat linf:0.1")
         return [pair for _, block in groupby(sorted(found, key=_rank), key=_rank) for pair in block]
     pairs = []
     for threat in dict.fromkeys(_threat(threat, images) for threat in threats):
@@ -374,7 +385,7 @@ def _path(given: str | Path | None) -> Path | None:
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A file beside ``path`` that takes its place once it is written."""
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +112,15 @@ class Workshop:
     def spec(links: Sequence[Defense]) -> str:
         return "+".join(map(registry.spec, links)) or NONE
 
-    def train(self, recipe: Defense, seed: int = 0, checkpoint: Path | None = None) -> Defended:
-        """A new model, trained by a recipe; with a checkpoint a training that was stopped goes on."""
+    def train(self, recipe: Defense, seed: int = 0) -> Defended:
+        """A new model, trained by a recipe; a training of the same that was stopped goes on where it was."""
+        checkpoint = self._cached(recipe, seed, "checkpoint")
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         name, lab = registry.spec(recipe), self._lab(seed)
         lab = replace(lab, checkpoint=checkpoint, report=lambda at: self.progress(name, at))
-        return recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
+        defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
+        checkpoint.unlink(missing_ok=True)
+        return defended
 
     def links(self, chain: str) -> list[Defense]:
         """The defenses of a chain, completed with what the data set implies.
@@ -173,26 +178,34 @@ class Workshop:
                 model = models.build(entry.model, self.shape, self.classes)
                 model.load_state_dict(zoo.load(entry))
                 return Defended(model)
-        fingerprint = data.load(self.dataset, "train", self.data_dir).fingerprint
-        described = {"data": fingerprint, "model": self.architecture, "recipe": _identity(recipe), "seed": 0}
-        key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-        file = data.cache_dir() / "trained" / f"{key}.safetensors"
+        file = self._cached(recipe, 0, "safetensors")
         if file.exists():
             model = models.build(self.architecture, self.shape, self.classes)
             fill(model, file)
             return Defended(model)
         self.note(f"{registry.spec(recipe)} on {self.dataset} does not ship: training it once, into {file}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint = file.with_suffix(".checkpoint")
-        defended = self.train(recipe, checkpoint=checkpoint)
+        defended = self.train(recipe)
         save(defended.model, file)
-        checkpoint.unlink(missing_ok=True)
         return defended
 
+    @cached_property
+    def _images(self) -> data.Images:
+        return data.load(self.dataset, "train", self.data_dir)
+
+    def _cached(self, recipe: Defense, seed: int, suffix: str) -> Path:
+        """Where the cache keeps what a training leaves."""
+        made_of = {
+            "data": self._images.fingerprint,
+            "model": self.architecture,
+            "recipe": _identity(recipe),
+            "seed": seed,
+        }
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        return data.cache_dir() / "trained" / f"{key}.{suffix}"
+
     def _lab(self, seed: int = 0) -> Lab:
-        train = data.load(self.dataset, "train", self.data_dir)
         noise = Noise(seed, torch.zeros(1, dtype=torch.int64))
-        return Lab(train, noise, lambda chain: self.subject(chain).model, self.device)
+        return Lab(lambda: self._images, noise, lambda chain: self.subject(chain).model, self.device)
 
 
 def load_defense(
@@ -257,7 +270,7 @@ def save(model: nn.Module, path: Path, half: bool = False) -> str:
     if half:
         state = _cast(state, torch.float16)
     content = to_bytes(state, {"version": __version__})
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     os.replace(part, path)
     return hashlib.sha256(content).hexdigest()

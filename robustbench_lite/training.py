@@ -36,12 +36,16 @@ def _silent(progress: Progress) -> None:
 class Lab:
     """What a defense is handed to work with."""
 
-    data: Images
+    images: Callable[[], Images]  # the training split; read when first asked for
     noise: Noise
     sources: Callable[[str], Defended]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint: Path | None = None
     report: Callable[[Progress], None] = _silent
+
+    @property
+    def data(self) -> Images:
+        return self.images()
 
 
 class Loss(Protocol):

@@ -178,10 +178,10 @@ def test_attacks_without_a_row_in_common_make_no_line():
 
 
 def test_ranks_are_within_a_block_and_ties_share_one():
-    entries = [entry(letters, defense=name) for name, letters in zip("abcd", ("hbbb", "hhhb", "bhbb", "bhhh"))]
-    board = leaderboard(entries)
-    assert board["defense"].tolist() == ["b", "d", "a", "c"]
-    assert board["rank"].tolist() == [1, 1, 3, 3]
+    letters = {"a": "hbbb", "b": "hhhb", "c": "bhbb", "d": "bhhh", "e": "hbhh"}
+    board = leaderboard([entry(status, defense=name) for name, status in letters.items()])
+    assert board["defense"].tolist() == ["b", "d", "e", "a", "c"]
+    assert board["rank"].tolist() == [1, 1, 1, 4, 4]
 
 
 def test_each_threat_data_set_and_seed_is_a_block_of_its_own():

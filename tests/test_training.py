@@ -38,7 +38,7 @@ def no_sources(spec: str) -> Defended:
 
 @pytest.fixture
 def lab() -> Lab:
-    return Lab(separable(), Noise(0, torch.arange(200)), no_sources)
+    return Lab(separable, Noise(0, torch.arange(200)), no_sources)
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -256,7 +256,7 @@ class Watched(nn.Module):
 
 
 def test_madry_s_eps_rises_from_nothing_and_stays(lab: Lab):
-    grey = replace(lab, data=replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
+    grey = replace(lab, images=lambda: replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
     model = Watched()
     make("defense", "madry:eps=0.2,steps=2,warmup=2,epochs=4,batch=50")(model, grey)
     assert len(model.moved) == 4 * 4 * 3  # epochs, batches; two forwards for the gradient and one to train
@@ -267,7 +267,7 @@ def test_madry_s_eps_rises_from_nothing_and_stays(lab: Lab):
 
 
 def test_madry_without_warmup_begins_at_eps(lab: Lab):
-    grey = replace(lab, data=replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
+    grey = replace(lab, images=lambda: replace(lab.data, x=torch.full_like(lab.data.x, 0.5)))
     model = Watched()
     make("defense", "madry:eps=0.2,steps=2,warmup=0,epochs=1,batch=100")(model, grey)
     assert model.moved[2::3] == pytest.approx([0.2, 0.2], abs=1e-6)
@@ -298,7 +298,7 @@ def test_madry_wants_an_eps_above_0(eps: str):
 
 def test_adversarial_training_pays_on_digits():
     data, test = load("digits", "train"), load("digits", "test").take(slice(200))
-    lab = Lab(data, Noise(0, torch.arange(len(data))), no_sources)
+    lab = Lab(lambda: data, Noise(0, torch.arange(len(data))), no_sources)
     held, clean = {}, {}
     for recipe in ("standard:epochs=8,rate=0.005", "madry:eps=0.1,steps=4,epochs=8,warmup=2,rate=0.005"):
         model = make("defense", recipe)(build("cnn", data.shape, data.classes), lab)
