@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import (
     BarColumn,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ROBUST = "robust [95 %]"
+WHOLE = {ROBUST, "threat", "data set", "attack", "defense"}  # columns whose cells are not broken over lines
 WIDE = 120  # characters, from which on a line has room for the leaderboard's costs
 
 
@@ -121,9 +124,9 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = ["rank", "defense", "threat", "n", "clean %", "robust % [95 %]", "worst attack", "unknown"]
+    heads = ["rank", "defense", "threat", "n", "clean", ROBUST, "worst attack", "unknown"]
     heads += ["forwards", "backwards", "seconds"] if console.width >= WIDE else []
-    title = "Leaderboard: what survives every attack"
+    title = "Leaderboard: what survives every attack, %"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 
 
@@ -133,9 +136,9 @@ def _cell(fraction: float, examples: int) -> str:
 
 def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:
     """A table in which names from elsewhere are shown as they are, never read as markup."""
-    made = Table()
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in heads:
-        made.add_column(Text(head), overflow="fold")
+        made.add_column(Text(head), overflow="fold", no_wrap=head in WHOLE)
     for line in lines:
         made.add_row(*(Text(str(cell)) for cell in line))
     return Group(Text(title, style="italic"), made)

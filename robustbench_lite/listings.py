@@ -77,12 +77,12 @@ def models() -> list[RenderableType]:
             entry.model,
             percent(entry.clean_accuracy),
             f"{percent(entry.robust_accuracy)} ({entry.threat}, {entry.attack})",
-            entry.command,
         ]
         for entry in zoo.manifest()
     ]
-    heads = ["defense", "data set", "model", "clean %", "robust %", "made by"]
-    return [table("architectures", ["model", "layers"], known), table("weights that ship", heads, shipped)]
+    heads = ["defense", "data set", "model", "clean %", "robust %"]
+    made = [Text(f"{entry.file} is made by\n    {entry.command}") for entry in zoo.manifest()]
+    return [table("architectures", ["model", "layers"], known), table("weights that ship", heads, shipped), *made]
 
 
 def cache(clear: bool) -> RenderableType:

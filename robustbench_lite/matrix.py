@@ -184,9 +184,12 @@ def find_device(name: str) -> torch.device:
     there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name == "auto":
         return torch.device(there[0])
-    if name.partition(":")[0] not in there:
-        raise ValueError(f"no device {name!r} here; there are: {', '.join(there)}")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name!r} here; there are: {', '.join(there)}") from error
+    return device
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

@@ -101,14 +101,23 @@ def customary(dataset: str, shape: Shape) -> str:
     return CUSTOMARY.get(dataset, "cnn" if len(shape) == 3 and min(shape[1:]) >= 4 else "mlp")
 
 
+def require(name: str) -> None:
+    """Sees that an architecture exists.
+
+    Raises:
+        ValueError: where it does not.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}; {suggest(name, MODELS, more=', and FILE.py:factory')}")
+
+
 def build(name: str, shape: Shape, classes: int, seed: int = 0) -> nn.Module:
     """A freshly initialised model; the same seed gives the same weights, and no global random state changes.
 
     Raises:
         ValueError: for an unknown name, or an architecture that cannot take inputs of this shape.
     """
-    if name not in MODELS:
-        raise ValueError(f"no model {name!r}; {suggest(name, MODELS, more=', and FILE.py:factory')}")
+    require(name)
     if name != "mlp" and (len(shape) != 3 or min(shape[1:]) < 4):
         raise ValueError(f"model {name} takes images of at least 4x4 pixels, not inputs of shape {shape}; try mlp")
     with torch.random.fork_rng():

@@ -134,6 +134,8 @@ class Workshop:
             if not self.own:
                 raise ValueError(f"defense {NONE} needs a trained model: --model FILE.py:factory, or --weights FILE")
             return []
+        if not self.own:
+            models.require(self.architecture)
         links = [complete(registry.make("defense", link), self.dataset) for link in registry.split_chain(chain)]
         recipes = 0 if self.own else 1
         for place, link in enumerate(links):

@@ -92,14 +92,26 @@ def fit(model: nn.Module, lab: Lab, loss: Loss, *, epochs: int, batch: int = 128
     model.eval()
 
 
-def cross_entropy(model: nn.Module) -> Loss:
-    """The loss of standard training."""
+def cross_entropy(model: nn.Module, shift: int = 0) -> Loss:
+    """The loss of standard training, on images moved by up to ``shift`` pixels."""
 
     def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
-        logits = model(x)
+        logits = model(shifted(x, noise.at("shift"), shift) if shift and x.dim() == 4 else x)
         return F.cross_entropy(logits, y), logits
 
     return loss
+
+
+def shifted(x: Tensor, noise: Noise, most: int) -> Tensor:
+    """Images (B, C, H, W) moved up or down and sideways by up to ``most`` pixels; what is left free is 0."""
+    batch, _, height, width = x.shape
+    down, along = noise.integers(2 * most + 1, x.new_empty(batch, 2)).unbind(1)
+    rows = down.view(-1, 1, 1) + torch.arange(height, device=x.device).view(1, -1, 1)
+    columns = along.view(-1, 1, 1) + torch.arange(width, device=x.device).view(1, 1, -1)
+    images = torch.arange(batch, device=x.device).view(-1, 1, 1)
+    return (
+        F.pad(x, (most, most, most, most)).permute(0, 2, 3, 1)[images, rows, columns].permute(0, 3, 1, 2).contiguous()
+    )
 
 
 def _save(checkpoint: Path | None, model: nn.Module, optimiser: torch.optim.Optimizer, epoch: int) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
@@ -16,7 +17,7 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.norms import l2, linf
 from robustbench_lite.registry import make
 from robustbench_lite.threat import Goal, ThreatModel
-from robustbench_lite.training import Lab, Progress, cross_entropy, fit
+from robustbench_lite.training import Lab, Progress, cross_entropy, fit, shifted
 
 
 class Killed(KeyboardInterrupt):
@@ -307,3 +308,15 @@ def test_adversarial_training_pays_on_digits():
         held[name], clean[name] = (outcome.status == "held").mean(), (outcome.status != "wrong").mean()
     assert min(clean.values()) > 0.9
     assert held["madry"] > held["standard"] + 0.1
+
+
+def test_images_are_shifted_by_up_to_so_many_pixels_and_alike_in_any_batch():
+    x = torch.rand(200, 2, 6, 5) + 1
+    noise = Noise(0, torch.arange(200))
+    moved = shifted(x, noise, 1)
+    padded = F.pad(x, (1, 1, 1, 1))
+    windows = {(i, j): padded[:, :, i : i + 6, j : j + 5] for i in range(3) for j in range(3)}
+    hits = torch.stack([(moved == window).flatten(1).all(1) for window in windows.values()])
+    assert (hits.sum(0) == 1).all()
+    assert hits.any(1).all()
+    assert torch.equal(shifted(x[50:60], noise[slice(50, 60)], 1), moved[50:60])
