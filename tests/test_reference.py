@@ -17,7 +17,7 @@ def board(tmp_path_factory):
     if not CHECKPOINT.exists():
         pytest.fail(f"{CHECKPOINT} is not there; set ROBUST_BENCH_REFERENCE to the folder that holds it")
     attacks = ["fgsm", "pgd:steps=40,length=0.01,random_start=false"]
-    results = benchmark(
+    return benchmark(
         attacks,
         dataset="mnist",
         threats=["linf:0.1"],
@@ -26,7 +26,6 @@ def board(tmp_path_factory):
         weights=CHECKPOINT,
         out=tmp_path_factory.mktemp("runs"),
     )
-    return results
 
 
 def test_the_errors_of_wong_and_kolters_checkpoint_are_those_measured_inside_the_pixel_range(board):

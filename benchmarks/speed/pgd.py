@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     images = load("mnist").take(slice(options.images))
-    print(
-        f"PGD-{options.steps}, {len(images)} MNIST images, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
+    print(f"PGD-{options.steps}, {len(images)} images, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| case | contender | seconds | x bare loop | robust accuracy |")
     print("|---|---|---|---|---|")
     for case, defense, eps in CASES:
