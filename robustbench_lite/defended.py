@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from robustbench_lite.noise import Noise
 
 CACHED = 256  # rows that stay in a CPU's cache; measured 1.05 to 1.35 times faster than larger pieces
-ROUND = 16  # measured: from here on CPU kernels give the same bits whatever the batch; at 1 to 11 rows they do not
+ROUND = 16  # what batches are padded to a multiple of: at 1 to 11 rows kernels give other bits than at more
 
 
 class Defended(nn.Module):
@@ -17,6 +17,8 @@ class Defended(nn.Module):
     A defense that is not differentiable overrides :meth:`surrogate` as well as :meth:`forward`: attacks then see the
     value of the one and the gradient of the other (BPDA; Athalye, Carlini & Wagner, 2018, section 4.1).
     """
+
+    least: int = ROUND  # rows below which a batch is padded, see :func:`steady`
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -40,14 +42,34 @@ class Defended(nn.Module):
 
 
 def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) -> Tensor:
-    """Logits of any number of inputs, sent in even pieces of at most ``batch`` rows, padded to a multiple of 16."""
+    """Logits of any number of inputs, sent in even pieces of about ``batch`` rows, padded to a multiple of 16."""
     call = model.differentiable if differentiable else model.forward
     limit = min(batch, CACHED) if x.device.type == "cpu" else batch
     even = math.ceil(len(x) / max(1, math.ceil(len(x) / limit)) / ROUND) * ROUND
     answers = []
     for piece in x.split(max(ROUND, min(even, limit - limit % ROUND))):
-        missing = -len(piece) % ROUND
+        missing = max(-len(piece) % ROUND, model.least - len(piece)) if len(piece) else 0
         # A copy even where nothing is missing: a model that works in place must not change what is judged.
         padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
         answers.append(call(padded)[: len(piece)])
     return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def steady(model: Defended, x: Tensor) -> int:
+    """The fewest rows from which on the model's answers to ``x`` have the same bits whatever the batch.
+
+    Matrix products add up in another order when they are split among threads; from how many rows on they no longer do
+    depends on the layer, the library and the threads, so it is measured.
+    """
+    rows = x[torch.arange(CACHED, device=x.device) % len(x)]
+    with torch.no_grad():
+        whole = model.forward(rows.clone())
+        for least in (ROUND, 2 * ROUND, 4 * ROUND, 8 * ROUND):
+            if torch.equal(torch.cat([model.forward(piece.clone()) for piece in rows.split(least)]), whole):
+                return least
+    return CACHED

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, ask
+from robustbench_lite.defended import Defended, ask, device_of, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
@@ -81,7 +81,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
-    """How many classes the model knows, after a look at its answers to the first inputs.
+    """How many classes the model knows, after a look at its answers to the first inputs; sets its ``least`` rows.
 
     Raises:
         ValueError: where the model raises, or its answers are not finite logits, (B, C), with C above every label.
@@ -96,14 +96,15 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
         raise ValueError(f"inputs must lie in [{threat.lower:g}, {threat.upper:g}]; scale them, or give --bounds")
     if int(y.min()) < 0:
         raise ValueError(f"labels out of range: {int(y.min())} is negative")
+    sample = x[:32].to(device_of(model))
     try:
         with torch.no_grad():
-            logits = ask(model, x[:32], 32)
+            logits = ask(model, sample, 32)
     except Exception as error:
-        raise ValueError(f"the model raises on inputs of shape {tuple(x[:32].shape)}: {one_line(error)}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x[:32]) or logits.shape[1] < 2:
+        raise ValueError(f"the model raises on inputs of shape {tuple(sample.shape)}: {one_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(sample) or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"the model must return logits of shape ({len(x[:32])}, classes), not {shape}")
+        raise ValueError(f"the model must return logits of shape ({len(sample)}, classes), not {shape}")
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(1)).nonzero()[0])
         raise ValueError(f"the model returns NaN or infinite logits, first for input {row}")
@@ -111,6 +112,7 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
         raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
     if int(y.max()) >= logits.shape[1]:
         raise ValueError(f"labels out of range: {int(y.max())}, but the model knows {logits.shape[1]} classes")
+    model.least = steady(model, sample)
     return logits.shape[1]
 
 
@@ -140,7 +142,7 @@ class Bench:
 
     def _run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> Outcome:
         began, count = time.perf_counter(), len(x)
-        device = next((parameter.device for parameter in self.model.parameters()), x.device)
+        device = device_of(self.model)
         x, y = x.to(device), y.to(device)
         with torch.no_grad():
             logits = ask(self.model, x, self.batch)

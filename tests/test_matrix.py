@@ -606,7 +606,7 @@ def test_the_first_sixteen_adversarials_of_a_chunk_are_always_kept(runs: Runs):
     outcome = entry.outcome
     broken = outcome.row[outcome.status == "broken"]
     expected = np.concatenate([broken[broken // 100 == chunk][:16] for chunk in range(3)])
-    assert len(expected) > 40
+    assert len(expected) > 32
     assert outcome.imaged.tolist() == expected.tolist()
 
 

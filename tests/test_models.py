@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.defended import Defended, ask
+from robustbench_lite.defended import Defended, ask, steady
 from robustbench_lite.models import MODELS, Adapted, Shape, build, customary, is_reference, load_factory
 from robustbench_lite.noise import Noise
 
@@ -260,6 +260,7 @@ def test_a_differentiable_defense_is_its_own_stand_in(net: nn.Module, x: Tensor)
 def test_the_batch_changes_no_bit_of_an_answer(name: str):
     model = Defended(build(name, (1, 28, 28), 10).eval())
     x = torch.rand(1003, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    model.least = steady(model, x[:32])
     with torch.no_grad():
         answers = ask(model, x, 1000)
         for batch in (16, 37, 256):
@@ -314,3 +315,18 @@ def test_gradients_come_through_all_pieces(net: nn.Module, x: Tensor, batch: int
     gradient = input_gradient(lambda inputs: ask(quantised, inputs, batch, differentiable=True), x)
     torch.testing.assert_close(gradient, input_gradient(quantised.differentiable, x))
     assert gradient.flatten(1).any(1).all()
+
+
+class Moody(Defended):
+    """Its answers depend on whether it sees fewer than 50 rows."""
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        return self.model(x) + (len(x) < 50)
+
+
+def test_batches_are_padded_to_where_the_answers_settle(net: nn.Module, x: Tensor):
+    moody = Moody(net)
+    assert steady(Defended(net), x) == 16
+    moody.least = steady(moody, x)
+    assert moody.least == 64
+    assert torch.equal(ask(moody, x[:3], 256), ask(moody, x.repeat(2, 1, 1, 1), 256)[:3])

@@ -39,4 +39,4 @@ def test_the_custom_attack_is_short_and_runs_as_a_plugin(tmp_path, monkeypatch, 
     command = "robust-bench --plugin mine.py --attack mine,fgsm --defense standard --n 20 --csv board.csv"
     monkeypatch.setattr(sys, "argv", command.split())
     assert cli.main() == 0
-    assert "mine; fgsm" in (tmp_path / "board.csv").read_text()
+    assert "fgsm; mine" in (tmp_path / "board.csv").read_text()

@@ -301,7 +301,7 @@ def test_adversarial_training_pays_on_digits():
     data, test = load("digits", "train"), load("digits", "test").take(slice(200))
     lab = Lab(lambda: data, Noise(0, torch.arange(len(data))), no_sources)
     held, clean = {}, {}
-    for recipe in ("standard:epochs=8,rate=0.005", "madry:eps=0.1,steps=4,epochs=8,warmup=2,rate=0.005"):
+    for recipe in ("standard:epochs=8,rate=0.005,shift=0", "madry:eps=0.1,steps=4,epochs=8,warmup=2,rate=0.005"):
         model = make("defense", recipe)(build("cnn", data.shape, data.classes), lab)
         outcome = evaluate(make("attack", "pgd:steps=10"), model, test.x, test.y, "linf:0.1")
         name = recipe.partition(":")[0]
