@@ -30,7 +30,7 @@ ATTACKS = {
     "fgsm": Entry("gradient", {"linf": "fgsm", "l2": "fgsm", "l1": "fgsm"}, random=False),
     # A sparse step moves one coordinate here; sixty of them push the whole random start out of the l1 ball.
     "pgd": Entry("gradient", {"linf": "pgd", "l2": "pgd", "l1": "pgd:steps=60"}, random=True),
-    "r-fgsm": Entry("gradient", {norm: "r-fgsm:share=0.02" for norm in ("linf", "l2", "l1")}, random=True),
+    "r-fgsm": Entry("gradient", dict.fromkeys(("linf", "l2", "l1"), "r-fgsm:share=0.02"), random=True),
     "mi-fgsm": Entry("gradient", {"linf": "mi-fgsm", "l2": "mi-fgsm"}, random=False),
 }
 REACH = {"gradient": (0.95, 1.1)}  # an attack must fail at, and win at, this many times the exact distance
