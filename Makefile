@@ -9,7 +9,7 @@ bench: $(VENV)/ready
 	$(VENV)/bin/robust-bench --attack pgd --defense madry
 
 test: $(DEV)/ready
-	$(DEV)/bin/python -m pytest
+	$(DEV)/bin/python -m pytest -n auto
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
