@@ -215,6 +215,8 @@ class Bench:
         reason = np.full(len(x), failure, dtype=f"U{REASON}")
         if not failure:
             reason[~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
+        given_up = np.array(problem.reasons, dtype=f"U{REASON}")
+        reason = np.where(given_up == "", reason, given_up)
         reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
 
         label, points = torch.full_like(y, -1), x.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import platform
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,23 @@ OURS = ("trained/*", "MNIST/raw/*", "FashionMNIST/raw/*", "cifar-10-python.tar.g
 
 
 def overview(kind: registry.Kind) -> RenderableType:
-    """A line a plugin."""
-    plugins: dict[str, Any] = dict(registry.plugins(kind))
+    """A line a plugin, and a line a family of them."""
+    plugins = registry.plugins(kind)
     if not plugins:
         return Text(f"There is no {kind} yet.")
-    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
-    lines = [
-        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
-        for name, cls in plugins.items()
+    families = [
+        Text(f"{name}/...: {_summary(members)} robust-bench {kind}s {name} lists them.")
+        for name, members in registry.families(kind).items()
     ]
-    return Group(
-        table(f"{kind}s", heads, lines), Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
-    )
+    note = Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
+    return Group(_table(kind, plugins), *families, note)
 
 
 def explain(kind: registry.Kind, name: str) -> RenderableType:
-    """All there is to say about one plugin."""
+    """All there is to say about one plugin, or a line a plugin of one family."""
+    if name in registry.families(kind):
+        members = registry.families(kind)[name]()
+        return _table(kind, {cls.name: cls for cls in sorted(members.values(), key=lambda cls: cls.name)})
     cls: Any = registry.find(kind, name)
     parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), Text(inspect.cleandoc(cls.__doc__ or ""))]
     if kind == "attack":
@@ -46,6 +48,15 @@ def explain(kind: registry.Kind, name: str) -> RenderableType:
     if getattr(cls, "bibtex", ""):
         parts.append(Text(cls.bibtex))
     return Group(*parts)
+
+
+def _table(kind: registry.Kind, plugins: Mapping[str, Any]) -> RenderableType:
+    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
+    lines = [
+        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
+        for name, cls in plugins.items()
+    ]
+    return table(f"{kind}s", heads, lines)
 
 
 def datasets() -> RenderableType:
@@ -122,7 +133,7 @@ def _installed(package: str) -> str:
         return f"not installed (pip install {package})"
 
 
-def _summary(cls: type) -> str:
+def _summary(cls: object) -> str:
     return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
 
 

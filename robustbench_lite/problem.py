@@ -36,6 +36,8 @@ class Ledger:
         self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.backwards = torch.zeros_like(self.forwards)
+        self.given_up = torch.zeros_like(self.forwards, dtype=torch.bool)
+        self.reasons: dict[int, str] = {}  # of those given up, by position
 
 
 class Problem:
@@ -76,12 +78,30 @@ class Problem:
         part._clean, part._goal, part._rows = self._clean[mask], self._goal[mask], self._rows[mask]
         return part
 
+    def unclosed(self) -> Problem:
+        """The same problem, on the same ledger, where inputs that are solved stay open and are charged: for an attack
+        that cannot bear a NaN."""
+        part = self[torch.arange(len(self), device=self.x.device)]
+        part._minimises = True
+        return part
+
+    def give_up(self, mask: Tensor, reason: str) -> None:
+        """Closes the inputs of ``mask``, (B,) bool: the attack can do nothing for them, and ``reason`` says why."""
+        rows = self._rows[mask]
+        self._ledger.given_up[rows] = True
+        self._ledger.reasons.update(dict.fromkeys(rows.tolist(), reason))
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each input was given up; empty where it was not."""
+        return [self._ledger.reasons.get(row, "") for row in self._rows.tolist()]
+
     @property
     def open(self) -> Tensor:
         """Which inputs an attack should still work on: (B,) bool."""
-        is_open = torch.ones_like(self._rows, dtype=torch.bool)
+        is_open = ~self._ledger.given_up[self._rows]
         if not self._minimises:
-            is_open = self._ledger.distance[self._rows] > self._threat.reach(self._clean)
+            is_open = is_open & (self._ledger.distance[self._rows] > self._threat.reach(self._clean))
         if self._budget.forwards is not None:
             is_open = is_open & (self._ledger.forwards[self._rows] < self._budget.forwards)
         return is_open
