@@ -150,14 +150,14 @@ def _seeded(problem: Problem) -> Iterator[None]:
     import numpy as np
 
     seed = int(problem.noise.at("foolbox").integers(2**32, problem.x.flatten(1)[:, :1])[0])
-    before = np.random.get_state()
+    before = np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[problem.x.device] if problem.x.is_cuda else []):
         torch.manual_seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
         try:
             yield
         finally:
-            np.random.set_state(before)
+            np.random.set_state(before)  # noqa: NPY002
 
 
 def _kebab(name: str, peer: Any) -> str:

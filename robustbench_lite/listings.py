@@ -23,22 +23,28 @@ OURS = ("trained/*", "MNIST/raw/*", "FashionMNIST/raw/*", "cifar-10-python.tar.g
 
 def overview(kind: registry.Kind) -> RenderableType:
     """A line a plugin, and a line a family of them."""
-    plugins = registry.plugins(kind)
+    plugins: dict[str, Any] = dict(registry.plugins(kind))
     if not plugins:
         return Text(f"There is no {kind} yet.")
+    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
+    lines = [
+        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
+        for name, cls in plugins.items()
+    ]
     families = [
         Text(f"{name}/...: {_summary(members)} robust-bench {kind}s {name} lists them.")
         for name, members in registry.families(kind).items()
     ]
     note = Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
-    return Group(_table(kind, plugins), *families, note)
+    return Group(table(f"{kind}s", heads, lines), *families, note)
 
 
 def explain(kind: registry.Kind, name: str) -> RenderableType:
-    """All there is to say about one plugin, or a line a plugin of one family."""
+    """All there is to say about one plugin, or the members of a family."""
     if name in registry.families(kind):
-        members = registry.families(kind)[name]()
-        return _table(kind, {cls.name: cls for cls in sorted(members.values(), key=lambda cls: cls.name)})
+        members: set[Any] = set(registry.families(kind)[name]().values())
+        lines = [f"{cls.name}  ({_norms(cls)}; {cls.access})\n    {_summary(cls)}" for cls in members]
+        return Text("\n".join([*sorted(lines), f"robust-bench {kind}s {name}/NAME says more."]))
     cls: Any = registry.find(kind, name)
     parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), Text(inspect.cleandoc(cls.__doc__ or ""))]
     if kind == "attack":
@@ -48,15 +54,6 @@ def explain(kind: registry.Kind, name: str) -> RenderableType:
     if getattr(cls, "bibtex", ""):
         parts.append(Text(cls.bibtex))
     return Group(*parts)
-
-
-def _table(kind: registry.Kind, plugins: Mapping[str, Any]) -> RenderableType:
-    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
-    lines = [
-        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
-        for name, cls in plugins.items()
-    ]
-    return table(f"{kind}s", heads, lines)
 
 
 def datasets() -> RenderableType:

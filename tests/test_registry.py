@@ -31,6 +31,7 @@ def bare(monkeypatch):
     """Empty tables that take themselves for filled: no test here sees or spoils the real ones."""
     monkeypatch.setattr(registry, "_tables", {kind: {} for kind in registry._FOLDERS})
     monkeypatch.setattr(registry, "_filled", set(registry._FOLDERS))
+    monkeypatch.setattr(registry, "_families", {})
     monkeypatch.setattr(registry, "_dists", {})
     monkeypatch.setattr(registry, "_files", {})
     yield
