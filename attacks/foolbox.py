@@ -57,7 +57,8 @@ class Foolbox:
     """
 
     peer: ClassVar[Any]
-    cannot: ClassVar[str]
+    cannot: ClassVar[str]  # why it does not run here; empty where it does
+    version: ClassVar[str]  # Foolbox's
     access: ClassVar[Access]
     norms: ClassVar[frozenset[str]]
     minimises: ClassVar[bool]
