@@ -42,12 +42,10 @@ def foolbox() -> dict[str, type]:
     for name, peer in vars(foolbox.attacks).items():
         if inspect.isclass(peer) and issubclass(peer, foolbox.attacks.Attack) and not inspect.isabstract(peer):
             spellings.setdefault(peer, set()).add(f"foolbox/{_kebab(name, peer)}")
-    return {
-        name: plugin
-        for peer, names in spellings.items()
-        for plugin in [_plugin(peer, min(names, key=lambda name: (len(name), name)), foolbox.__version__)]
-        for name in names
-    }
+    members: dict[str, type] = {}
+    for peer, names in spellings.items():
+        members |= dict.fromkeys(names, _plugin(peer, min(sorted(names), key=len), foolbox.__version__))
+    return members
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Foolbox:
             if not isinstance(first, Foolbox) or not first.minimises:
                 raise ValueError(f"init_attack wants a foolbox/... that minimises, not {settings['init_attack']}")
             settings["init_attack"] = first._built(norm)
-        if "constraint" in inspect.signature(self.peer).parameters:
+        if "constraint" in inspect.signature(self.peer).parameters and norm in self.norms:
             settings["constraint"] = norm
         return self.peer(**settings)
 

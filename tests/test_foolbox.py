@@ -177,6 +177,10 @@ def test_settings_are_foolbox_s_arguments():
     assert type(make("attack", "foolbox/linf-projected-gradient-descent")) is type(attack)
     assert make("attack", "foolbox/l1-ead:decision_rule=L1").decision_rule == "L1"
     assert set(find("attack", "foolbox/hop-skip-jump").norms) == {"l2", "linf"}
+    assert (
+        make("attack", "foolbox/l1-fmn:init_attack=foolbox/hop-skip-jump")._built("l1").init_attack.constraint == "l2"
+    )
+    assert make("attack", "foolbox/hop-skip-jump")._built("linf").constraint == "linf"
 
 
 @pytest.mark.parametrize(
