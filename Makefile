@@ -28,7 +28,7 @@ speed: .venv-speed/ready
 
 .venv-speed/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-speed
-	.venv-speed/bin/pip install --quiet --editable . 'foolbox>=3.3.4' 'adversarial-robustness-toolbox>=1.20'
+	.venv-speed/bin/pip install --quiet --editable . 'adversarial-robustness-toolbox>=1.20'
 	.venv-speed/bin/pip install --quiet --no-deps torchattacks pyautoattack
 	touch $@
 

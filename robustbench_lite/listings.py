@@ -21,7 +21,7 @@ OURS = ("trained/*", "MNIST/raw/*", "FashionMNIST/raw/*", "cifar-10-python.tar.g
 
 
 def overview(kind: registry.Kind) -> RenderableType:
-    """A line a plugin."""
+    """A line a plugin, and a line a family of them."""
     plugins: dict[str, Any] = dict(registry.plugins(kind))
     if not plugins:
         return Text(f"There is no {kind} yet.")
@@ -30,13 +30,20 @@ def overview(kind: registry.Kind) -> RenderableType:
         [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
         for name, cls in plugins.items()
     ]
-    return Group(
-        table(f"{kind}s", heads, lines), Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
-    )
+    families = [
+        Text(f"{name}/...: {_summary(members)} robust-bench {kind}s {name} lists them.")
+        for name, members in registry.families(kind).items()
+    ]
+    note = Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
+    return Group(table(f"{kind}s", heads, lines), *families, note)
 
 
 def explain(kind: registry.Kind, name: str) -> RenderableType:
-    """All there is to say about one plugin."""
+    """All there is to say about one plugin, or the members of a family."""
+    if name in registry.families(kind):
+        members: set[Any] = set(registry.families(kind)[name]().values())
+        lines = [f"{cls.name}  ({_norms(cls)}; {cls.access})\n    {_summary(cls)}" for cls in members]
+        return Text("\n".join([*sorted(lines), f"robust-bench {kind}s {name}/NAME says more."]))
     cls: Any = registry.find(kind, name)
     parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), Text(inspect.cleandoc(cls.__doc__ or ""))]
     if kind == "attack":
@@ -122,7 +129,7 @@ def _installed(package: str) -> str:
         return f"not installed (pip install {package})"
 
 
-def _summary(cls: type) -> str:
+def _summary(cls: object) -> str:
     return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
 
 

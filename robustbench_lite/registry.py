@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
+from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -34,6 +36,7 @@ _NAME = re.compile(r"[a-z][a-z0-9/-]*")
 
 _tables: dict[Kind, dict[str, type]] = {kind: {} for kind in _FOLDERS}
 _filled: set[Kind] = set()
+_families: dict[str, Callable[[], dict[str, type]]] = {}
 _dists: dict[type, str] = {}
 _files: dict[str, str] = {}  # SHA-256 by module
 
@@ -53,8 +56,27 @@ def certifier(name: str) -> Callable[[type[Plugin]], type[Plugin]]:
     return _register("certifier", name)
 
 
+def family(name: str) -> Callable[[Callable[[], dict[str, type]]], Callable[[], dict[str, type]]]:
+    """Puts many attacks into the table at once: those that a function returns, by names that begin with ``name/``.
+
+    It is called when one of them is first asked for; a class that goes by several names says its own, ``cls.name``.
+    """
+
+    def register(members: Callable[[], dict[str, type]]) -> Callable[[], dict[str, type]]:
+        _families[name] = cache(members)
+        return _families[name]
+
+    return register
+
+
+def families(kind: Kind) -> dict[str, Callable[[], dict[str, type]]]:
+    """What makes the members of each family of a kind, by the family's name."""
+    plugins(kind)
+    return dict(sorted(_families.items())) if kind == "attack" else {}
+
+
 def plugins(kind: Kind) -> dict[str, type]:
-    """All plugins of a kind, by name and in its order."""
+    """All plugins of a kind, by name and in its order, without the members of families."""
     if kind not in _filled:
         _scan(kind)
         _filled.add(kind)
@@ -69,8 +91,16 @@ def builtin(kind: Kind) -> list[str]:
 def find(kind: Kind, name: str) -> type:
     """The plugin class called ``name``."""
     there = plugins(kind)
+    group, slash, _ = name.partition("/")
+    if name not in there and slash and group in families(kind):
+        there = families(kind)[group]()
+        if name not in there:
+            near = get_close_matches(name, there, cutoff=0)
+            more = f"; robust-bench {kind}s {group} lists them all"
+            raise ValueError(f"no {kind} {name!r}; {suggest(name, near, 'closest are', more)}")
     if name not in there:
-        raise ValueError(f"no {kind} {name!r}; {suggest(name, there)}")
+        more = "".join(f", {group}/..." for group in families(kind))
+        raise ValueError(f"no {kind} {name!r}; {suggest(name, there, more=more)}")
     return there[name]
 
 
@@ -185,11 +215,13 @@ def _scan(kind: Kind) -> None:
 
 @contextmanager
 def _all_or_nothing() -> Iterator[None]:
-    before = {kind: dict(table) for kind, table in _tables.items()}
+    before, groups = {kind: dict(table) for kind, table in _tables.items()}, dict(_families)
     try:
         yield
     except BaseException:
         _tables.update(before)
+        _families.clear()
+        _families.update(groups)
         raise
 
 

@@ -152,6 +152,7 @@ def place(tmp_path, monkeypatch):
     for kind in registry.KINDS:
         registry.plugins(kind)
     monkeypatch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
+    monkeypatch.setattr(registry, "_families", dict(registry._families))
     monkeypatch.setattr(registry, "_files", dict(registry._files))
     monkeypatch.setattr(registry, "_dists", dict(registry._dists))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)

@@ -16,6 +16,7 @@ from robustbench_lite.registry import (
     builtin,
     certifier,
     defense,
+    family,
     find,
     identity,
     load_file,
@@ -31,6 +32,7 @@ def bare(monkeypatch):
     """Empty tables that take themselves for filled: no test here sees or spoils the real ones."""
     monkeypatch.setattr(registry, "_tables", {kind: {} for kind in registry._FOLDERS})
     monkeypatch.setattr(registry, "_filled", set(registry._FOLDERS))
+    monkeypatch.setattr(registry, "_families", {})
     monkeypatch.setattr(registry, "_dists", {})
     monkeypatch.setattr(registry, "_files", {})
     yield
@@ -98,6 +100,24 @@ def test_each_kind_has_its_own_table(bare):
         pass
 
     assert (plugins("attack"), plugins("defense"), plugins("certifier")) == ({}, {"same": D}, {"same": C})
+
+
+def test_a_family_is_called_once_when_a_member_is_first_asked_for(pgd):
+    calls = []
+
+    @family("acme")
+    def acme():
+        calls.append("called")
+        return {f"acme/{name}": type(name, (), {}) for name in ("anvil", "rocket")}
+
+    assert (plugins("attack"), calls) == ({"pgd": pgd}, [])
+    assert raises(find, "attack", "anvil") == "no attack 'anvil'; there are: pgd, acme/..."
+    assert calls == []
+    assert find("attack", "acme/anvil").__name__ == "anvil"
+    assert find("attack", "acme/rocket") is find("attack", "acme/rocket")
+    assert raises(find, "attack", "acme/anvli").startswith("no attack 'acme/anvli'; did you mean acme/anvil? ")
+    assert raises(find, "defense", "acme/anvil") == "no defense 'acme/anvil'; there are none"
+    assert calls == ["called"]
 
 
 def test_plugins_are_sorted_and_a_copy(bare):
