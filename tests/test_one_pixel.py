@@ -74,7 +74,9 @@ def test_a_child_has_three_parents_that_are_neither_it_nor_each_other():
 
 def test_paints_the_pixels_that_the_genes_name():
     x = torch.zeros(1, 2, 3, 4)
-    genes = torch.tensor([[[[0.0, 0.0, 0.25, 0.5], [0.99, 0.3, 1.0, 0.0]], [[0.4, 1.0, 0.1, 0.2], [0.4, 1.0, 0.5, 1.0]]]])
+    genes = torch.tensor(
+        [[[[0.0, 0.0, 0.25, 0.5], [0.99, 0.3, 1.0, 0.0]], [[0.4, 1.0, 0.1, 0.2], [0.4, 1.0, 0.5, 1.0]]]]
+    )
     painted = paint(x, genes, ThreatModel(l0, 2, lower=-1.0, upper=1.0))
     by_hand = torch.zeros(1, 2, 2, 3, 4)
     by_hand[0, 0, :, 0, 0] = torch.tensor([-0.5, 0.0])
@@ -84,7 +86,7 @@ def test_paints_the_pixels_that_the_genes_name():
 
 
 def corners_break(net: nn.Module, x: Tensor, y: Tensor) -> np.ndarray:
-    """Whether some pixel set to black or white, or for colour to a corner of the cube, changes the label of each input."""
+    """Which inputs some position and some corner of the colour cube break."""
     channels, count = x.shape[1], x[0, 0].numel()
     colours = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * channels).view(-1, channels)
     hit = torch.zeros(len(x), dtype=torch.bool)
