@@ -3,7 +3,7 @@
 Every round times all contenders one after the other; the table gives medians and, for each, the median of its ratios
 to the raw forward of the same round. Queries are the rows that reach the model, which both attacks leave at a hit.
 
-    make speed
+    python benchmarks/speed/one_pixel.py
 """
 
 import argparse
