@@ -70,7 +70,9 @@ class Patch:
     def __call__(self, problem: Problem) -> Tensor:
         if self.learned is None or self.learned.shape != window(problem):
             learned = "nothing" if self.learned is None else f"a patch of {tuple(self.learned.shape)}"
-            raise ValueError(f"it has learned {learned}, but is to paste one of {window(problem)}: fit it for this threat")
+            raise ValueError(
+                f"it has learned {learned}, but is to paste one of {window(problem)}: fit it for this threat"
+            )
         x = self.paste(self.learned.to(problem.x), problem.x, problem.noise)
         problem.labels(x)
         return x

@@ -51,7 +51,7 @@ def evaluate(
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
     require_norm(attack, threat)
     if learns(attack) and attack.learned is None:
-        raise ValueError(f"attack {attack.name} learns first: attack = fit_attack(attack, model, x_train, y_train, threat)")
+        raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
     with frozen(defended):
         bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
