@@ -69,10 +69,8 @@ class Patch:
 
     def __call__(self, problem: Problem) -> Tensor:
         if self.learned is None or self.learned.shape != window(problem):
-            learned = "nothing" if self.learned is None else f"a patch of {tuple(self.learned.shape)}"
-            raise ValueError(
-                f"it has learned {learned}, but is to paste one of {window(problem)}: fit it for this threat"
-            )
+            shape = None if self.learned is None else tuple(self.learned.shape)
+            raise ValueError(f"the patch learned has shape {shape}, not {window(problem)}: fit it for this threat")
         x = self.paste(self.learned.to(problem.x), problem.x, problem.noise)
         problem.labels(x)
         return x
