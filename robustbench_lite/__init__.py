@@ -11,6 +11,7 @@ __path__ += [str(toml.parent) for toml in Path(__file__).resolve().parents[1].gl
 
 if TYPE_CHECKING:
     from robustbench_lite.evaluation import evaluate as evaluate
+    from robustbench_lite.evaluation import fit_attack as fit_attack
     from robustbench_lite.matrix import benchmark as benchmark
     from robustbench_lite.registry import attack as attack
     from robustbench_lite.registry import certifier as certifier
@@ -25,6 +26,7 @@ _FACE = {
     "certifier": "registry",
     "defense": "registry",
     "evaluate": "evaluation",
+    "fit_attack": "evaluation",
     "load_defense": "trained",
 }
 __all__ = ["__version__", *_FACE]

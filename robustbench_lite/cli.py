@@ -114,6 +114,10 @@ def run(
     save_adversarials: Annotated[
         Path | None, typer.Option(help="Write every adversarial image, as npz.", rich_help_panel=RESULTS)
     ] = None,
+    save_patch: Annotated[
+        Path | None,
+        typer.Option(help="Write the patch that an attack has learned, as PNG.", rich_help_panel=RESULTS),
+    ] = None,
     fail_below: Annotated[
         float | None,
         typer.Option(help="Exit with 3 if a robust accuracy (a fraction) is below this.", rich_help_panel=RESULTS),
@@ -145,14 +149,18 @@ def run(
     inputs = _numbers("--mean", mean), _numbers("--std", std), _bounds(bounds), probabilities
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
-    files = [file for file in (csv, matrix, rows, save_adversarials) if file is not None]
+    files = [file for file in (csv, matrix, rows, save_adversarials, save_patch) if file is not None]
     _writable(*files)
+    if save_patch is not None and save_patch.suffix.lower() != ".png":
+        raise ValueError(f"--save-patch writes a PNG file; {save_patch.name} does not end in .png")
     attacks = _specs(attack) or ["pgd"]
     defenses = _specs(defense)
     if not quiet and not as_json:
         subject = ", ".join(defenses) or model or weights or "the customary defense"
         errors.print(f"robust-bench {__version__}: {', '.join(attacks)} on {subject}, {dataset}", soft_wrap=True)
     _known(attacks, defenses)
+    if save_patch is not None and not any(spec == "all" or _learns(spec) for spec in attacks):
+        raise ValueError("--save-patch needs an attack that learns a patch: --attack patch --threat patch:0.1")
 
     from robustbench_lite.display import Display
     from robustbench_lite.matrix import benchmark
@@ -190,6 +198,8 @@ def run(
     _write(results, csv, matrix, rows)
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
+    if save_patch is not None:
+        errors.print(f"{save_patch} is the patch of {results.save_patch(save_patch)}", soft_wrap=True)
     _show(results, as_json)
     if not as_json:
         _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
@@ -381,6 +391,10 @@ def _known(attacks: list[str], defenses: list[str]) -> None:
         for link in registry.split_chain(chain):
             if link not in ("all", "none"):
                 registry.make("defense", link)
+
+
+def _learns(spec: str) -> bool:
+    return hasattr(registry.make("attack", spec), "fit")
 
 
 def _writable(*files: Path) -> None:

@@ -16,7 +16,7 @@ from robustbench_lite.defended import Defended, ask, device_of, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
-from robustbench_lite.plugins import Attack
+from robustbench_lite.plugins import Attack, Learner, learns
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line
@@ -50,6 +50,8 @@ def evaluate(
     attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
     require_norm(attack, threat)
+    if learns(attack) and attack.learned is None:
+        raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
     with frozen(defended):
         bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
@@ -57,6 +59,32 @@ def evaluate(
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
     return outcome.within(threat.norm.limit(threat.eps, x)) if getattr(attack, "minimises", False) else outcome
+
+
+def fit_attack(
+    attack: Attack | str,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel | str,
+    *,
+    seed: int = 0,
+    target: Target | None = None,
+    batch: int = 400,
+) -> Attack:
+    """The attack with what it learns about a classifier from training data, ready for :func:`evaluate`.
+
+    Raises:
+        ValueError: for an attack that learns nothing, and as :func:`evaluate` does.
+    """
+    attack = registry.make("attack", attack) if isinstance(attack, str) else attack
+    threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
+    require_norm(attack, threat)
+    if not learns(attack):
+        raise ValueError(f"attack {attack.name} learns nothing; evaluate it as it is")
+    defended = model if isinstance(model, Defended) else Defended(model)
+    with frozen(defended):
+        return Bench(defended, threat, check(defended, x, y, threat), seed, target, batch).fit(attack, x, y)
 
 
 def require_norm(attack: Attack, threat: ThreatModel) -> None:
@@ -132,6 +160,28 @@ class Bench:
     def stride(self) -> int:
         """How many inputs are attacked at once: as many whole chunks as fit a batch."""
         return max(1, self.batch // CHUNK) * CHUNK
+
+    def fit(self, attack: Learner, x: Tensor, y: Tensor) -> Learner:
+        """The attack with what it learns from as many keyed inputs of ``x`` as it asks for."""
+        every = Noise(self.seed, torch.zeros(1, dtype=torch.int64)).at("fit", "images")
+        rows = every.permutation(torch.empty(1, len(x)))[0, : attack.images]
+        device = device_of(self.model)
+        x, y = x[rows].to(device), y[rows].to(device)
+        with torch.no_grad():
+            goal = self._goal(ask(self.model, x, self.batch), y, rows)
+        return attack.fit(
+            Problem(
+                self.model,
+                x,
+                goal,
+                self.threat,
+                Noise(self.seed, rows).at("fit"),
+                classes=self.classes,
+                access=attack.access,
+                minimises=True,
+                batch=self.batch,
+            )
+        )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
         """Attacks inputs at once; after an error chunk by chunk, so that one bad input costs its own chunk only."""

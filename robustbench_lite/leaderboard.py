@@ -54,6 +54,7 @@ class Entry:
     seed: int
     outcome: Outcome
     subject: str = ""  # tells apart models, and data, that go by one name
+    learned: NDArray[np.float32] | None = None  # by the attack from training data: a patch (C, h, w)
 
     @property
     def block(self) -> tuple[str, str, float, int]:

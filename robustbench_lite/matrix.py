@@ -6,20 +6,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, leaderboard, registry
 from robustbench_lite.evaluation import Bench, Target, check, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, Outcome
-from robustbench_lite.plugins import Attack
+from robustbench_lite.plugins import Attack, Learner, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.trained import AS_IS, NONE, Inputs, Subject, Workshop
@@ -27,6 +27,7 @@ from robustbench_lite.training import Progress
 
 if TYPE_CHECKING:
     import pandas as pd
+    from numpy.typing import NDArray
 
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
 
@@ -76,6 +77,26 @@ class Results:
     def unknown(self) -> int:
         """How many inputs, over all leaderboard rows, are of unknown status."""
         return int(self.leaderboard()["unknown"].sum())
+
+    def save_patch(self, path: str | Path) -> str:
+        """Writes the first patch that an attack has learned as PNG, a pixel a pixel; says which it is.
+
+        Raises:
+            ValueError: where there is none, or none that is an image, or the file cannot be written.
+        """
+        from PIL import Image
+
+        entries = [entry for entry in self.entries if entry.learned is not None]
+        if not entries:
+            raise ValueError("there is no patch to save: none of the attacks has learned one")
+        first, count = entries[0], len(entries)
+        levels = np.rint(255 * np.clip(cast("NDArray[np.float32]", first.learned), 0, 1)).astype(np.uint8)
+        if levels.ndim != 3 or len(levels) not in (1, 3) or not levels.size:
+            raise ValueError(f"what {first.attack} has learned is no image that PNG can hold: {levels.shape}")
+        with _replacing(Path(path)) as part:
+            Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(part, "png")
+        which = f"{first.attack} on {first.defense}, {first.norm} {first.eps:g}"
+        return which if count == 1 else f"{which} (the first of {count} patches)"
 
     def save_adversarials(self, path: str | Path) -> None:
         """Writes the adversarial images that are kept, ``x``, and what each is: ``row``, ``defense``, ``attack``,
@@ -146,7 +167,8 @@ def benchmark(
     store = Store(Path(out), watcher.note)
     store.prepare()
     watcher.planned(len(chains) * len(pairs) * count)
-    runner = _Runner(images.take(slice(count)), store, seed, target, batch or BATCH, fresh, keep_all, watcher)
+    training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
+    runner = _Runner(images.take(slice(count)), training, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
     entries = []
     for chain in chains:
         subject = workshop.subject(chain)
@@ -204,9 +226,10 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Runner:
-    """Runs cells, chunk by chunk, on one set of images."""
+    """Runs cells, chunk by chunk, on one set of images; an attack that learns does so once a cell."""
 
     images: data.Images
+    training: data.Images | None  # where an attack learns from it
     store: Store
     seed: int
     target: Target | None
@@ -219,12 +242,14 @@ class _Runner:
         cell = self._cell(subject, attack, threat)
         if getattr(attack, "minimises", False):
             self.store.ask(cell, threat.eps)
+        learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
+        anew = self.fresh or (learns(attack) and learned is None)
         stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
         spans = [(stop - 1) // CHUNK * CHUNK for stop in stops]
         done: list[Outcome] = []
         missing: list[tuple[int, int]] = []
         for span in zip(spans, stops):
-            stored = None if self.fresh else self.store.load(cell, *span, self.keep_all)
+            stored = None if anew else self.store.load(cell, *span, self.keep_all)
             done += [stored] if stored else []
             missing += [] if stored else [span]
         self._advance(subject, attack, threat, sum(map(len, done)))
@@ -233,6 +258,9 @@ class _Runner:
             if classes > self.images.classes and self.images.name in data.SOURCES:
                 raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
             bench = Bench(subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all)
+            if learns(attack):
+                learned = self._learned(cell, bench, attack) if learned is None else learned
+                attack = replace(cast(Any, attack), learned=learned)
             for at in range(0, len(missing), bench.stride // CHUNK):
                 piece = missing[at : at + bench.stride // CHUNK]
                 rows = torch.cat([torch.arange(*span) for span in piece])
@@ -241,7 +269,18 @@ class _Runner:
                     done.append(outcome.part(*span))
                     self.store.save(cell, done[-1])
                 self._advance(subject, attack, threat, len(rows))
-        return _entry(cell, threat, Outcome.join(done))
+        entry = _entry(cell, threat, Outcome.join(done))
+        return entry if learned is None else replace(entry, learned=learned.float().numpy())
+
+    def _learned(self, cell: Cell, bench: Bench, attack: Learner) -> Tensor:
+        """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
+        training = cast(data.Images, self.training)
+        self.watcher.note(f"attack {registry.spec(attack)} learns from training images under {bench.threat}")
+        learned = cast(Tensor, bench.fit(attack, training.x, training.y).learned)
+        kept = None if self.fresh else self.store.learned(cell)
+        if kept is None:
+            self.store.learn(cell, learned)
+        return learned.cpu() if kept is None else kept
 
     def _advance(self, subject: Subject, attack: Attack, threat: ThreatModel, inputs: int) -> None:
         self.watcher.advanced(subject.defense, registry.spec(attack), threat, inputs)
@@ -259,6 +298,8 @@ class _Runner:
             "seed": self.seed,
             "precision": "float32",
         }
+        if learns(attack):
+            identity["training"] = cast(data.Images, self.training).fingerprint
         about = {
             "dataset": self.images.name,
             "defense": subject.defense,
@@ -322,6 +363,8 @@ def _attack(given: str | Attack) -> Attack:
         raise ValueError(f"{given!r} is no attack: an object of a frozen dataclass is wanted")
     if not attack.norms & NORMS.keys():
         raise ValueError(f"attack {registry.spec(attack)} knows none of the norms {', '.join(NORMS)}")
+    if learns(attack) and attack.learned is not None:
+        raise ValueError(f"attack {registry.spec(attack)} has learned already, but must learn anew for each defense")
     try:
         json.dumps(registry.identity(attack))
     except TypeError as error:
@@ -344,8 +387,10 @@ def _pairs(
         for attack in attacks:
             norms = [norm for norm in NORMS if norm in attack.norms]
             norm = next((norm for norm in norms if norm in customary), norms[0])
-            if norm in customary or len(attacks) == 1:
+            if len(attacks) == 1 or (norm in customary and not learns(attack)):
                 found.append((attack, _threat(norm, images)))
+            elif norm in customary:
+                note(f"attack {registry.spec(attack)} is left out: it learns from training data; give --threat {norm}")
             else:
                 note(f"attack {registry.spec(attack)} is left out: {images.name} has no customary eps for {norm}")
         if not found:

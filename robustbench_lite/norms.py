@@ -179,13 +179,14 @@ class Patch(_Shrinking):
         return math.inf if math.isinf(eps) else math.floor(math.sqrt(eps * height * width) + 1e-9)
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
+        """Keeps the square that moved most; it may reach over the edge of an image that is narrower."""
         plane = self._plane(_energy(delta))
         if self.limit(eps, delta) >= max(plane.shape[1:]):
             return delta
-        side = min(int(self.limit(eps, delta)), *plane.shape[1:])
+        side = int(self.limit(eps, delta))
         if side == 0:
             return torch.zeros_like(delta)
-        held = F.avg_pool2d(plane.unsqueeze(1), side, stride=1)[:, 0]
+        held = F.avg_pool2d(plane.unsqueeze(1), tuple(min(side, n) for n in plane.shape[1:]), stride=1)[:, 0]
         corner = held.flatten(1).argmax(1)
         return torch.where(self._square(corner, held.shape[2], side, delta), delta, 0)
 
@@ -194,9 +195,9 @@ class Patch(_Shrinking):
 
     def sample(self, noise: Noise, like: Tensor, eps: float) -> Tensor:
         height, width = self._plane(pixels(like[:1])).shape[1:]
-        side = min(int(self.limit(eps, like)), height, width)
-        columns = width - side + 1
-        corner = noise.at("where").integers((height - side + 1) * columns, like.flatten(1)[:, :1])[:, 0]
+        side = int(min(self.limit(eps, like), max(height, width)))
+        columns = max(width - side, 0) + 1
+        corner = noise.at("where").integers((max(height - side, 0) + 1) * columns, like.flatten(1)[:, :1])[:, 0]
         return torch.where(self._square(corner, columns, side, like), 2 * noise.uniform(like) - 1, 0)
 
     @staticmethod

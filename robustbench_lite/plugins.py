@@ -1,6 +1,6 @@
 """What a plugin is: a frozen dataclass whose fields are its settings, registered by name, and one call."""
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self, TypeGuard
 
 from torch import Tensor, nn
 
@@ -30,6 +30,23 @@ class Attack(Plugin, Protocol):
 
     def __call__(self, problem: Problem) -> Tensor:
         """Candidates, shaped as ``problem.x``."""
+
+
+class Learner(Attack, Protocol):
+    """An attack that learns something from training data first, once for each model and threat model.
+
+    ``learned`` is None until then, and a field that is not compared; ``images`` says how many inputs it learns from.
+    """
+
+    images: int
+    learned: Tensor | None
+
+    def fit(self, problem: Problem) -> Self:
+        """The same attack with what it has learned; no input of ``problem`` is ever closed."""
+
+
+def learns(attack: Attack) -> TypeGuard[Learner]:
+    return hasattr(attack, "fit")
 
 
 class Defense(Plugin, Protocol):

@@ -226,7 +226,8 @@ def _all_or_nothing() -> Iterator[None]:
 
 
 def _settings(cls: Any) -> dict[str, Field[Any]]:
-    return {field.name: field for field in fields(cls) if field.init and not field.name.startswith("_")}
+    """What a spec can set; a field that is not compared is what a plugin has learned, no setting."""
+    return {f.name: f for f in fields(cls) if f.init and f.compare and not f.name.startswith("_")}
 
 
 def _values(plugin: object) -> dict[str, object]:

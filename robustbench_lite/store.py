@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from robustbench_lite.outcome import COLUMNS, Outcome
 
@@ -80,6 +81,33 @@ class Store:
                 np.savez_compressed(file, schema=SCHEMA, **{f.name: getattr(outcome, f.name) for f in fields(Outcome)})
             os.replace(part, path)
 
+    def learned(self, cell: Cell) -> Tensor | None:
+        """What the attack of a cell has learned, if it is there and sound."""
+        from safetensors import safe_open
+
+        path = self._learned(cell)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                learned, stated = cast(Tensor, file.get_tensor("learned")), file.metadata()["sha256"]
+            if _hash(learned) != stated:
+                raise ValueError("another hash than it states")
+        except Exception as error:  # safetensors has errors of its own
+            self.warn(f"{path} cannot be used: it and its chunks are computed again ({type(error).__name__}: {error})")
+            return None
+        return learned
+
+    def learn(self, cell: Cell, learned: Tensor) -> None:
+        """Keeps what the attack of a cell has learned, and drops the chunks that rest on anything else."""
+        from safetensors.torch import save
+
+        path, learned = self._learned(cell), learned.cpu().contiguous()
+        with _writing(path):
+            for chunk in path.parent.glob("*.npz"):
+                chunk.unlink(missing_ok=True)
+            _write(path, save({"learned": learned}, {"sha256": _hash(learned)}))
+
     def ask(self, cell: Cell, eps: float) -> None:
         """Remembers that a cell whose key has no eps was asked about this one."""
         path = self.folder / "cells" / cell.key / f"eps={eps!r}"
@@ -107,8 +135,16 @@ class Store:
             chunks = [self.load(cell, *span) for span in _disjoint(spans)]
             yield cell, [chunk for chunk in chunks if chunk is not None]
 
+    def _learned(self, cell: Cell) -> Path:
+        return self.folder / "cells" / cell.key / "learned.safetensors"
+
     def _path(self, cell: Cell, start: int, stop: int) -> Path:
         return self.folder / "cells" / cell.key / f"{start:08d}-{stop:08d}.npz"
+
+
+def _hash(values: Tensor) -> str:
+    about = f"{tuple(values.shape)} {values.dtype}".encode()
+    return hashlib.sha256(about + values.numpy().tobytes()).hexdigest()
 
 
 def _disjoint(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

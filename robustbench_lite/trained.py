@@ -191,13 +191,14 @@ class Workshop:
         return defended
 
     @cached_property
-    def _images(self) -> data.Images:
+    def training(self) -> data.Images:
+        """The training split, read when first asked for."""
         return data.load(self.dataset, "train", self.data_dir)
 
     def _cached(self, recipe: Defense, seed: int, suffix: str) -> Path:
         """Where the cache keeps what a training leaves."""
         made_of = {
-            "data": self._images.fingerprint,
+            "data": self.training.fingerprint,
             "model": self.architecture,
             "recipe": _identity(recipe),
             "seed": seed,
@@ -207,7 +208,7 @@ class Workshop:
 
     def _lab(self, seed: int = 0) -> Lab:
         noise = Noise(seed, torch.zeros(1, dtype=torch.int64))
-        return Lab(lambda: self._images, noise, lambda chain: self.subject(chain).model, self.device)
+        return Lab(lambda: self.training, noise, lambda chain: self.subject(chain).model, self.device)
 
 
 def load_defense(

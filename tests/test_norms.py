@@ -52,9 +52,9 @@ def apart(a: Tensor, b: Tensor) -> Tensor:
 
 
 def squares(height: int, width: int, side: int) -> list[Tensor]:
-    """Every square of the plane, as masks."""
+    """Every square of the plane, as masks; it may reach over the edge of a plane that is narrower."""
     masks = []
-    for top, left in itertools.product(range(height - side + 1), range(width - side + 1)):
+    for top, left in itertools.product(range(max(height - side, 0) + 1), range(max(width - side, 0) + 1)):
         mask = torch.zeros(height, width, dtype=torch.bool)
         mask[top : top + side, left : left + side] = True
         masks.append(mask)
@@ -173,7 +173,7 @@ def test_l0_keeps_the_nearest_choice_of_pixels(eps: float):
 def test_patch_keeps_the_nearest_square(shape: tuple[int, ...], eps: float):
     delta = normal(20, *shape)
     height, width = shape[1:] if len(shape) == 3 else (1, *shape)
-    side = min(int(math.sqrt(eps * height * width)), height, width)
+    side = int(math.sqrt(eps * height * width))
     kept = patch.project(delta, eps)
     masks = [mask.view(shape[-2:] if len(shape) == 3 else shape) for mask in squares(height, width, side)]
     best = torch.stack([apart(delta, delta * mask) for mask in masks]).amin(0)
