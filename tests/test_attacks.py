@@ -54,7 +54,7 @@ def built(name: str, norm: str):
 
 
 def minimises(name: str) -> bool:
-    """Whether it seeks the nearest adversarial, at any distance: what lies beyond eps is held, and its label unknown."""
+    """Whether it seeks the nearest adversarial: what lies beyond eps is held, and its label forgotten."""
     return getattr(find("attack", name), "minimises", False)
 
 
