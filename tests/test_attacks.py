@@ -33,7 +33,7 @@ ATTACKS = {
     "r-fgsm": Entry("gradient", dict.fromkeys(("linf", "l2", "l1"), "r-fgsm:share=0.02"), random=True),
     "mi-fgsm": Entry("gradient", {"linf": "mi-fgsm", "l2": "mi-fgsm"}, random=False),
     "deepfool": Entry("gradient", {"linf": "deepfool", "l2": "deepfool"}, random=False),
-    "cw": Entry("gradient", {"l2": "cw:search_steps=2,steps=40", "l0": "cw:steps=60"}, random=False),
+    "cw": Entry("gradient", {"l2": "cw:search_steps=3,steps=40", "l0": "cw:steps=60"}, random=False),
     "cw-linf": Entry("gradient", {"linf": "cw-linf:steps=40"}, random=False),
     "cw-linf-tau": Entry("gradient", {"linf": "cw-linf-tau:steps=10,initial_c=10000,decay=0.7"}, random=False),
 }

@@ -1,5 +1,7 @@
 """What the attacks of Carlini & Wagner promise beyond the contract that test_attacks.py holds for every attack."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from robustbench_lite.problem import Problem
 from robustbench_lite.registry import make
 from robustbench_lite.threat import Goal, ThreatModel, find_norm
 from tests.nets import Linear, convolutional, halfspace, many_classes
+
+TAU = CWLinfTau(steps=10, initial_c=1e4, decay=0.8)  # cheap: at this c nothing is tried twice
 
 
 def unbounded(model, x, goal, norm="l2") -> Problem:
@@ -98,7 +102,7 @@ def test_logits_that_are_all_negative_change_nothing():
     [
         (CW(steps=60, kappa=2.0), "l2"),
         (CW(steps=60, kappa=2.0), "l0"),
-        (CWLinfTau(20, initial_c=1e4, kappa=2.0), "linf"),
+        (replace(TAU, kappa=2.0), "linf"),
     ],
 )
 def test_kappa_is_the_margin_of_what_is_returned(attack, norm, targeted):
@@ -175,20 +179,20 @@ def test_l0_gives_up_where_nothing_helps():
 
 def test_one_run_of_tau_gives_the_curve_and_cw_linf_agrees_with_it():
     net, x, y = convolutional(32)
-    curve = evaluate(CWLinfTau(steps=20, initial_c=1e4), net, x, y, "linf:1")
+    curve = evaluate(TAU, net, x, y, "linf:1")
     assert set(curve.status) == {BROKEN}
     eps = float(np.median(curve.distance))
     at = evaluate(CWLinf(), net, x, y, ThreatModel(find_norm("linf"), eps)).status == BROKEN
-    near = abs(curve.distance / eps - 1) < 0.1
-    assert near.sum() < 16
+    near = abs(curve.distance / eps - 1) < 1 / TAU.decay - 1
+    assert near.sum() < 20
     np.testing.assert_array_equal(at[~near], (curve.distance <= eps)[~near])
 
 
 def test_tau_returns_what_it_found_within_the_last_bound():
     model, x, y = many_classes(4, count=20)
-    end, distance = found(CWLinfTau(steps=20, initial_c=1e4), model, x, Goal(y), "linf")
+    end, distance = found(TAU, model, x, Goal(y), "linf")
     assert (model(end).argmax(1) != y).all()
-    assert (linf.size(end - x) <= 1.15 * distance).all()
+    assert (linf.size(end - x) <= 1.3 * distance).all()
 
 
 def test_cw_linf_breaks_what_pgd_breaks():
