@@ -212,9 +212,8 @@ class Bench:
         candidates, failure = _propose(attack, problem, x)
         near = problem.distance.isfinite() & (problem.distance <= threat.reach(x))
         admissible = threat.allows(candidates, x)
-        reason = np.full(len(x), failure, dtype=f"U{REASON}")
-        if not failure:
-            reason[~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
+        reason = np.array([failure or given_up for given_up in problem.reasons], dtype=f"U{REASON}")
+        reason[(reason == "") & ~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
         reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
 
         label, points = torch.full_like(y, -1), x.clone()

@@ -36,13 +36,15 @@ class Ledger:
         self.distance = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.backwards = torch.zeros_like(self.forwards)
+        self.given_up = torch.zeros_like(self.forwards, dtype=torch.bool)
+        self.reasons = [""] * len(x)
 
 
 class Problem:
     """A batch to attack: ``x`` (B, ...) in the pixel range, the ``goal``, the ``threat``, keyed ``noise``.
 
     Only inputs that are open are sent to the model, charged and remembered: nothing found within eps yet (unless the
-    attack ``minimises``) and budget left. The others answer NaN, and their gradient is 0.
+    attack ``minimises``), not given up and budget left. The others answer NaN, and their gradient is 0.
     """
 
     def __init__(
@@ -79,9 +81,9 @@ class Problem:
     @property
     def open(self) -> Tensor:
         """Which inputs an attack should still work on: (B,) bool."""
-        is_open = torch.ones_like(self._rows, dtype=torch.bool)
+        is_open = ~self._ledger.given_up[self._rows]
         if not self._minimises:
-            is_open = self._ledger.distance[self._rows] > self._threat.reach(self._clean)
+            is_open = is_open & (self._ledger.distance[self._rows] > self._threat.reach(self._clean))
         if self._budget.forwards is not None:
             is_open = is_open & (self._ledger.forwards[self._rows] < self._budget.forwards)
         return is_open
@@ -105,6 +107,18 @@ class Problem:
     def backwards(self) -> Tensor:
         """What each input has cost so far, in backwards: (B,)."""
         return self._ledger.backwards[self._rows]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why each input was given up; empty where it was not."""
+        return [self._ledger.reasons[row] for row in self._rows.tolist()]
+
+    def give_up(self, mask: Tensor, reason: str) -> None:
+        """Closes the inputs of ``mask`` (B,) bool: the attack cannot say whether they are robust, for this ``reason``."""
+        rows = self._rows[mask]
+        self._ledger.given_up[rows] = True
+        for row in rows.tolist():
+            self._ledger.reasons[row] = reason
 
     def labels(self, x: Tensor) -> Tensor:
         """Labels of ``x`` (B, ...), or of K candidates an input (B, K, ...): (B,) or (B, K), -1 for closed inputs."""
