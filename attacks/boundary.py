@@ -14,9 +14,9 @@ from robustbench_lite.threat import ThreatModel
 
 GRAINS = (None, None, None, 8, 8, 4, 4, 2, 2, 1)  # into how many blocks a side a starting image is cut; None: pixels
 CANDIDATES = len(GRAINS)  # that a query carries for each input, in the search for a start and in the walk
-ATTEMPTS = 20  # at a start, each with an image of every grain
+ATTEMPTS = 20  # at finding a start, each with an image of every grain
 HALVINGS = 8  # of the way from the input to each start
-CONVERGED = 1e-7  # the step towards the input, relative to its distance, below which a walk ends
+CONVERGED = 1e-6  # the step towards the input, relative to its distance, below which a walk ends
 
 
 @attack("boundary")
@@ -29,8 +29,8 @@ class Boundary:
     8 of both together, its quarter of a half. (Along a flat boundary half succeed only as the length tends to 0.)
     Ten candidates are asked about at once, one of them without its second step, to learn the first rate.
 
-    Starts are noise, then mosaics of ever fewer and larger blocks down to a single colour; 200 in all, at growing
-    contrast. They know nothing of the data, so that a target is often met by none of them: such an input is given up.
+    Starts are uniform noise and mosaics of random colours, from 64 blocks down to one: ten at a time, at most 200. They
+    know nothing of the data, so that a target may be met by none of them: such an input is given up.
 
     ``queries`` bounds the forwards that an input costs.
     """
@@ -64,9 +64,8 @@ class Boundary:
                 break
             hit = walk.goal.reached(walk.labels(_candidates(walk, walk.noise.at("step", step), turn, advance)))
             on_sphere, both = hit[:, 0].to(turn), hit[:, 1:].to(turn).mean(1)
-            flatter = torch.exp(0.1 * (on_sphere - 0.3))
-            turn = (turn * flatter).clamp(max=1)
-            advance = (advance * flatter * torch.exp(0.5 * (both - 0.125))).clamp(max=0.5)
+            turn = (turn * torch.exp(0.1 * (on_sphere - 0.3))).clamp(max=1)
+            advance = (advance * torch.exp(0.5 * (both - 0.125))).clamp(max=0.5)
         return problem.best
 
     def _start(self, problem: Problem) -> None:
@@ -75,14 +74,14 @@ class Boundary:
             seeking = problem[problem.open & problem.distance.isinf()]
             if not len(seeking):
                 return
-            starts = _mosaics(seeking.noise.at("start", attempt), seeking.x, seeking.threat, contrast=1 + attempt)
+            starts = _mosaics(seeking.noise.at("start", attempt), seeking.x, seeking.threat)
             seeking.labels(starts)
             found = seeking.distance.isfinite()
             _bisect(seeking[found], starts[found])
         problem.give_up(problem.distance.isinf(), "no start found")
 
 
-def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel, contrast: float) -> Tensor:
+def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel) -> Tensor:
     """An image of random blocks for every grain: (B, K, ...)."""
     planes = x if x.dim() == 4 else x.flatten(1)[:, None, None]
     images = []
@@ -90,8 +89,7 @@ def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel, contrast: float) -> T
         sides = [min(grain or side, side) for side in planes.shape[2:]]
         blocks = noise.at(k).uniform(planes.new_empty(*planes.shape[:2], *sides))
         images.append(F.interpolate(blocks, planes.shape[2:]).view_as(x))
-    shade = ((torch.stack(images, 1) - 0.5) * contrast + 0.5).clamp(0, 1)
-    return threat.lower + (threat.upper - threat.lower) * shade
+    return threat.lower + (threat.upper - threat.lower) * torch.stack(images, 1)
 
 
 def _bisect(problem: Problem, starts: Tensor) -> None:
@@ -116,6 +114,6 @@ def _candidates(walk: Problem, noise: Noise, turn: Tensor, advance: Tensor) -> T
     turned = turned.add_(walk.best.flatten(1).unsqueeze(1)).clamp_(walk.threat.lower, walk.threat.upper).sub_(x)
     wanted = (walk.distance * (1 - advance)).unsqueeze(1).repeat(1, CANDIDATES)
     wanted[:, 0] = walk.distance
-    length = torch.linalg.vector_norm(turned, dim=2).clamp_min(torch.finfo(x.dtype).tiny)
-    turned *= (wanted / length).clamp(max=1).unsqueeze(2)
-    return turned.add_(x).view(len(x), CANDIDATES, *walk.x.shape[1:])
+    length = torch.linalg.vector_norm(turned, dim=2).clamp_min(1e-12)
+    turned = turned.mul_((wanted / length).unsqueeze(2)).add_(x).clamp_(walk.threat.lower, walk.threat.upper)
+    return turned.view(len(x), CANDIDATES, *walk.x.shape[1:])
