@@ -22,7 +22,7 @@ CONVERGED = 1e-6  # the step towards the input, relative to its distance, below 
 @attack("boundary")
 @dataclass(frozen=True)
 class Boundary:
-    """A random walk along the boundary towards the input, by labels alone (Brendel, Rauber & Bethge, 2018, algorithm 1).
+    """A random walk along the boundary towards the input, by labels alone (Brendel et al., 2018, algorithm 1).
 
     A candidate is a random step on the sphere around the input, then a step towards it (their figure 2). The length of
     each is adapted to how often it succeeds: 30 % of the steps on the sphere, where the paper says about half, and 1 in
@@ -93,7 +93,7 @@ def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel) -> Tensor:
 
 
 def _bisect(problem: Problem, starts: Tensor) -> None:
-    """Asks about points ever nearer to the boundary, on the way from the input to each of its ``starts`` (B, K, ...)."""
+    """Asks about points ever nearer to the boundary, between the input and each of its ``starts`` (B, K, ...)."""
     x = problem.x.unsqueeze(1)
     way = starts - x
     low = starts.new_zeros(*starts.shape[:2], *[1] * (x.dim() - 2))

@@ -114,7 +114,7 @@ class Problem:
         return [self._ledger.reasons[row] for row in self._rows.tolist()]
 
     def give_up(self, mask: Tensor, reason: str) -> None:
-        """Closes the inputs of ``mask`` (B,) bool: the attack cannot say whether they are robust, for this ``reason``."""
+        """Closes the inputs of ``mask`` (B,) bool: the attack can say nothing of them, for this ``reason``."""
         rows = self._rows[mask]
         self._ledger.given_up[rows] = True
         for row in rows.tolist():

@@ -34,7 +34,8 @@ ATTACKS = {
     "mi-fgsm": Entry("gradient", {"linf": "mi-fgsm", "l2": "mi-fgsm"}, random=False),
     "boundary": Entry("query", {"l2": "boundary:queries=1000"}, random=True),
 }
-REACH = {"gradient": (0.95, 1.1), "query": (0.95, 1.5)}  # an attack must fail at, and win at, this many times the exact distance
+# an attack must fail at, and win at, this many times the exact distance
+REACH = {"gradient": (0.95, 1.1), "query": (0.95, 1.5)}
 NEEDS_A_START = {"boundary"}  # of a model that gives one label to all images it learns nothing
 DISTANCE = {"linf": 0.05, "l2": 0.4, "l1": 0.2}
 SHAPES = [(1, 1, 1), (1, 6, 7), (3, 5, 4), (7,)]
@@ -47,7 +48,7 @@ def built(name: str, norm: str):
 
 
 def minimises(name: str) -> bool:
-    """Whether it seeks the nearest adversarial, at any distance: what lies beyond eps is held, and its label unknown."""
+    """Whether it seeks the nearest adversarial, at any distance: what lies beyond eps is held, its label unknown."""
     return getattr(find("attack", name), "minimises", False)
 
 
