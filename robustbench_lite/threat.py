@@ -115,8 +115,12 @@ class Goal:
 
     def met(self, logits: Tensor) -> Tensor:
         """Where the model says what the adversary wants; NaN or infinite logits never do."""
-        hit = logits.argmax(-1) == self._labels(logits)
-        return (hit if self.targeted else ~hit) & logits.isfinite().all(-1)
+        return self.reached(logits.argmax(-1)) & logits.isfinite().all(-1)
+
+    def reached(self, labels: Tensor) -> Tensor:
+        """Where a label, of (B,) or (B, K), is what the adversary wants; -1, that of a closed input, never is."""
+        hit = labels == self.labels.view(-1, *[1] * (labels.dim() - 1))
+        return (hit if self.targeted else ~hit) & (labels >= 0)
 
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """Grows towards the goal, as every loss of a goal does: an attack ascends."""

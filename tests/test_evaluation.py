@@ -168,6 +168,29 @@ def test_a_hit_counts_whatever_is_returned_or_raised():
     np.testing.assert_allclose(ask_then(lambda problem: nearer).distance, 0.15, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda problem: problem.x, "no luck"),
+        (lambda problem: problem.x + 9, "no luck"),
+        (raises, "error: RuntimeError: out of luck"),
+    ],
+)
+def test_an_input_that_was_given_up_is_unknown_unless_something_was_found(answer, reason):
+    half = halfspace("l2", 0.1)
+    hit = half.across(half.x, 0.2)
+
+    def attack(problem):
+        problem[torch.arange(5)].labels(hit[:5])
+        problem.give_up(torch.arange(20) < 10, "no luck")
+        return answer(problem)
+
+    outcome = evaluate(Scripted(attack), half.model, half.x, half.y, f"l2:{EPS}")
+    assert outcome.status.tolist()[:10] == [BROKEN] * 5 + [UNKNOWN] * 5
+    assert outcome.reason.tolist()[:10] == [""] * 5 + [reason] * 5
+    assert "no luck" not in outcome.reason[10:]
+
+
 def test_an_error_costs_its_own_chunk_alone():
     half = halfspace("l2", 0.1, count=250)
     near = torch.arange(250) % 3 == 0

@@ -105,6 +105,17 @@ def test_a_spent_input_is_closed(model):
     assert len(model.asked) == 1
 
 
+def test_an_input_that_is_given_up_is_closed(model):
+    asked = problem(model, eps=float("inf"), minimises=True)
+    part = asked[torch.tensor([1, 3])]
+    part.give_up(torch.tensor([False, True]), "no luck")
+    assert part.reasons == ["", "no luck"]
+    assert asked.reasons == ["", "", "", "no luck", ""]
+    assert asked.open.tolist() == [True, True, True, False, True]
+    assert asked.labels(MISS).tolist() == [0, 0, 0, -1, 0]
+    assert asked.forwards.tolist() == [1, 1, 1, 0, 1]
+
+
 def test_candidates_are_sent_until_the_budget_is_spent(model):
     asked = problem(model, budget=Budget(4))
     asked[torch.tensor([0])].labels(MISS[:1].unsqueeze(1).repeat(1, 3, 1))

@@ -308,6 +308,14 @@ def test_losses_grow_towards_the_goal(loss: object, targeted: bool):
         assert (sign * (loss(goal, more) - loss(goal, logits)) > 0).all()
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+def test_a_label_reaches_a_goal_unless_it_is_that_of_a_closed_input(targeted: bool):
+    goal = Goal(torch.tensor([0, 2]), targeted)
+    assert goal.reached(torch.tensor([0, 1])).tolist() == [targeted, not targeted]
+    labels = torch.tensor([[0, 1, -1], [0, 2, -1]])
+    assert (goal.reached(labels) == (torch.tensor([[1, 0, 0], [0, 1, 0]]) == targeted) & (labels >= 0)).all()
+
+
 def test_a_part_of_a_goal_is_the_goal_of_a_part():
     goal = Goal(torch.tensor([1, 0, 2]), targeted=True)
     part = goal[torch.tensor([True, False, True])]
