@@ -1,7 +1,7 @@
 """Zeroth-order optimisation: the attack of Carlini & Wagner by an attacker who sees only scores."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row, pixels
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import attack
@@ -16,6 +17,7 @@ from robustbench_lite.threat import ThreatModel
 
 EDGE = 0.9  # the ends of the pixel range, as values of tanh: at 1 it is flat and a black pixel could never move
 PIECE = 2**20  # how many numbers are put before the model at once: what a cache holds
+FLAT = 0.1  # the least curvature that Newton trusts
 REGIONS = 8  # of equal importance, along a side of the image
 
 
@@ -79,130 +81,117 @@ class ZOO:
 
     def _attack(self, problem: Problem) -> None:
         canvas = Canvas(problem.x, problem.threat, self.tanh)
-        shapes = list(canvas.shapes(self.coarse))
-        search = Search(torch.zeros(len(problem), *shapes[0]).to(problem.x), self.initial_c)
+        shapes = canvas.shapes(self.coarse)
+        z = problem.x.new_zeros(len(problem), *shapes[0])
+        search = Search(z, self.initial_c, self.queries / self.search_steps)
         for level, shape in enumerate(shapes):
-            search.enlarge(shape)
-            size = math.prod(shape)
-            sweep = math.ceil(size / self.coordinates)  # steps in which each variable has its turn
-            count = math.ceil(size / sweep)
+            z, search.best = enlarged(z, shape), enlarged(search.best, shape)
+            rule = RULES[self.solver](z)
+            sweep = math.ceil(z[0].numel() / self.coordinates)  # steps in which each variable has its turn
+            count = math.ceil(z[0].numel() / sweep)
             for step in range(self.queries // len(shapes) // (2 * count + 1)):
-                turn, noise = step % sweep, problem.noise.at("level", level, "sweep", step // sweep)
+                noise = problem.noise.at("level", level, "sweep", step // sweep)
                 if self.importance and (level or step >= sweep):
-                    index = canvas.changed(search.z, search.best, noise.at("step", turn), count)
+                    index = important(noise.at("step", step), canvas.change(z) + canvas.change(search.best), z, count)
                 else:
-                    first = min(turn * count, size - count)
-                    index = noise.permutation(search.z.flatten(1))[:, first : first + count]
-                margin, value, slope, bend = self._probe(problem, canvas, search.z, search.c, index)
-                search.note(margin, value, self.kappa)
-                length = self.rate * (2 - 2 * search.spent / (self.queries / self.search_steps)).clamp(0, 1)
-                rule = newton(slope, bend) if self.solver == "newton" else search.adam(index, slope)
-                search.z = canvas.confine(search.z.flatten(1).scatter_add(1, index, -length.unsqueeze(1) * rule).view_as(search.z))
-                search.spent += 2 * count + 1
-                search.restart(self.queries / self.search_steps)
+                    first = min(step % sweep * count, z[0].numel() - count)
+                    index = noise.permutation(z.flatten(1))[:, first : first + count]
+                margin, value, slope, bend = self._probe(problem, canvas, z, search.c, index)
+                length = self.rate * (2 - 2 * search.spent / search.length).clamp(0, 1).unsqueeze(1)
+                search.note(z, (margin > 0) & (margin >= self.kappa), value, cost=2 * count + 1)
+                z = canvas.confine(z.flatten(1).scatter_add(1, index, -length * rule(index, slope, bend)).view_as(z))
+                if search.over.any():
+                    z = search.restart(z)
+                    rule.forget(search.over)
 
     def _probe(self, problem: Problem, canvas: "Canvas", z: Tensor, c: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         """Margin and objective at ``z``, (B,), and the objective's first two derivatives along ``index``, (B, K)."""
         where = torch.cat([index[:, :1], index, index], 1)
-        move = torch.cat([index.new_zeros(1), torch.ones_like(index[0]), -torch.ones_like(index[0])]) * self.width
+        by = torch.cat([z.new_zeros(1), z.new_full(index.shape[1:], self.width), z.new_full(index.shape[1:], -self.width)])
+        room = max(1, PIECE // problem.x.numel())
         margins, values = [], []
-        for some, by in zip(*(t.split(max(1, PIECE // canvas.clean.numel()), -1) for t in (where, move.to(z)))):
-            near = z.flatten(1).unsqueeze(1).repeat(1, len(by), 1)
-            near.scatter_add_(2, some.unsqueeze(2), by.view(1, -1, 1).expand(len(z), -1, 1))
+        for some, change in zip(where.split(room, 1), by.split(room)):
+            near = z.flatten(1).unsqueeze(1).repeat(1, len(change), 1)
+            near.scatter_add_(2, some.unsqueeze(2), change.view(1, -1, 1).expand(len(z), -1, 1))
             x = canvas.image(near.view(*near.shape[:2], *z.shape[1:]))
             margins.append(problem.goal.margin(problem.logits(x)))
-            distance = x.sub_(canvas.clean.unsqueeze(1)).flatten(2).square_().sum(2)
+            distance = x.sub_(problem.x.unsqueeze(1)).flatten(2).square_().sum(2)
             values.append(distance + c.unsqueeze(1) * (self.kappa - margins[-1]).clamp_min(0))
-        value, up, down = torch.cat(values, 1).nan_to_num().split([1, index.shape[1], index.shape[1]], 1)
+        value, up, down = torch.cat(values, 1).nan_to_num().split([1, *index.shape[1:], *index.shape[1:]], 1)
         slope, bend = (up - down) / (2 * self.width), (up - 2 * value + down) / self.width**2
         return margins[0][:, 0], value[:, 0], slope, bend
 
 
-def newton(slope: Tensor, bend: Tensor) -> Tensor:
-    """Where the objective is not convex, a plain gradient step (algorithm 3); elsewhere not more than ten of them."""
-    return slope / torch.where(bend > 0, bend.clamp_min(0.1), 1)
-
-
-@dataclass(frozen=True)
 class Canvas:
-    """Inputs as functions of variables z, (B, K, ...), as many as the input has numbers or, in a coarse grid, fewer."""
+    """Inputs as functions of variables z, (B, ...): as many as an input has numbers, or fewer in a coarse grid."""
 
-    clean: Tensor
-    threat: ThreatModel
-    tanh: bool
+    def __init__(self, clean: Tensor, threat: ThreatModel, tanh: bool) -> None:
+        self.clean, self.tanh = clean, tanh
+        self.middle, self.half = (threat.upper + threat.lower) / 2, (threat.upper - threat.lower) / 2 / EDGE
+        self.origin = ((clean - self.middle) / self.half).atanh() if tanh else clean
+        self.lower, self.upper = (-math.atanh(EDGE), math.atanh(EDGE)) if tanh else (threat.lower, threat.upper)
 
-    @property
-    def _middle(self) -> float:
-        return (self.threat.upper + self.threat.lower) / 2
-
-    @property
-    def _half(self) -> float:
-        return (self.threat.upper - self.threat.lower) / 2 / EDGE
-
-    def shapes(self, coarse: int | None) -> Iterator[tuple[int, ...]]:
+    def shapes(self, coarse: int | None) -> list[tuple[int, ...]]:
         """Those of the variables of one input, from the coarsest grid to the input's own."""
         whole = tuple(self.clean.shape[1:])
-        while coarse is not None and len(whole) == 3 and coarse < max(whole[1:]):
-            yield whole[0], min(coarse, whole[1]), min(coarse, whole[2])
-            coarse *= 2
-        yield whole
+        if coarse is None or len(whole) < 3 or coarse >= max(whole[1:]):
+            return [whole]
+        return [(whole[0], min(coarse, whole[1]), min(coarse, whole[2])), *self.shapes(2 * coarse)]
 
     def image(self, z: Tensor) -> Tensor:
-        delta, clean = enlarged(z, self.clean.shape[1:]), self.clean.unsqueeze(1)
-        if self.tanh:
-            origin = ((clean - self._middle) / self._half).atanh()
-            delta = (delta + origin).tanh_().mul_(self._half)
-            return delta.add_(self._middle).clamp_(self.threat.lower, self.threat.upper)
-        return (delta + clean).clamp_(self.threat.lower, self.threat.upper)
+        """The inputs of K candidates each, (B, K, ...)."""
+        z = enlarged(z.flatten(0, 1), self.clean.shape[1:]).view(*z.shape[:2], *self.clean.shape[1:])
+        w = (z + self.origin.unsqueeze(1)).clamp_(self.lower, self.upper)
+        return w.tanh_().mul_(self.half).add_(self.middle) if self.tanh else w
 
     def confine(self, z: Tensor) -> Tensor:
-        """Variables that stay where the input depends on them; a coarse grid's are left alone."""
-        if z.shape != self.clean.shape:
-            return z
-        if self.tanh:
-            origin = ((self.clean - self._middle) / self._half).atanh()
-            return (z + origin).clamp(-math.atanh(EDGE), math.atanh(EDGE)) - origin
-        return (z + self.clean).clamp(self.threat.lower, self.threat.upper) - self.clean
+        """Variables moved back to where the input still depends on them; those of a coarse grid are left alone."""
+        return (z + self.origin).clamp_(self.lower, self.upper).sub_(self.origin) if z.shape == self.clean.shape else z
 
-    def changed(self, z: Tensor, best: Tensor, noise, count: int) -> Tensor:
-        """Different variables of each input, (B, count), the likelier the more the pixels around them have changed."""
-        change = sum(pixels(self.image(v.unsqueeze(1))[:, 0] - self.clean) for v in (z, best))
-        plane = change if change.dim() == 3 else change.unsqueeze(1)
-        regions = F.adaptive_max_pool2d(plane.unsqueeze(1), tuple(min(REGIONS, side) for side in plane.shape[1:]))
-        size = z.shape[2:] if z.dim() == 4 else plane.shape[1:]
-        weight = F.interpolate(regions, tuple(size)).expand(-1, z.shape[1] if z.dim() == 4 else 1, -1, -1).flatten(1)
-        weight = (weight + 0.1 * weight.mean(1, keepdim=True)).clamp_min(1e-9)
-        return (noise.uniform(weight).clamp_min(1e-9).log() / weight).topk(count, 1).indices
+    def change(self, z: Tensor) -> Tensor:
+        """How far each pixel has moved: (B, H, W), or (B, 1, D) for vectors."""
+        change = pixels(self.image(z.unsqueeze(1))[:, 0] - self.clean)
+        return change if change.dim() == 3 else change.unsqueeze(1)
 
 
-def enlarged(z: Tensor, shape) -> Tensor:
-    """Variables (B, K, ...) stretched to inputs of another ``shape``, bilinearly."""
-    if z.shape[2:] == shape:
-        return z
-    return F.interpolate(z.flatten(0, 1), tuple(shape[1:]), mode="bilinear").view(*z.shape[:2], *shape)
+def enlarged(z: Tensor, shape: Sequence[int]) -> Tensor:
+    """Variables (B, ...) stretched bilinearly to another ``shape``."""
+    return z if z.shape[1:] == tuple(shape) else F.interpolate(z, tuple(shape[1:]), mode="bilinear")
 
 
-class Search:
-    """Where each input's descent has got to, and the binary search over its c."""
+def important(noise: Noise, change: Tensor, z: Tensor, count: int) -> Tensor:
+    """Different variables of each input, (B, count), the likelier the larger the largest change in their region.
 
-    def __init__(self, z: Tensor, c: float) -> None:
-        self.z, self.best = z, z.clone()
-        self.least = torch.full_like(z.flatten(1)[:, 0], torch.inf)
-        self.c, self.low, self.high = torch.full_like(self.least, c), torch.zeros_like(self.least), self.least
-        self.spent, self.met = torch.zeros_like(self.least), torch.zeros_like(self.least, dtype=torch.bool)
-        self.lowest, self.before = self.least, self.least
-        self.reset()
+    Drawn without replacement by the largest of u ** (1 / weight) (Efraimidis & Spirakis, 2006). A tenth of the mean
+    weight goes to every region, so that none is out of reach for ever.
+    """
+    regions = F.adaptive_max_pool2d(change.unsqueeze(1), [min(REGIONS, side) for side in change.shape[1:]])
+    regions = regions + (0.1 * regions.mean((1, 2, 3), keepdim=True)).clamp_min(1e-9)
+    weight = F.interpolate(regions, z.shape[2:] if z.dim() == 4 else change.shape[1:])
+    weight = weight.expand(-1, z[0].numel() // weight[0].numel(), -1, -1).flatten(1)
+    return (noise.uniform(weight).clamp_min(1e-9).log() / weight).topk(count, 1).indices
 
-    def reset(self):
-        self.mean, self.square, self.turns = (torch.zeros_like(self.z.flatten(1)) for _ in range(3))
 
-    def enlarge(self, shape) -> None:
-        if self.z.shape[1:] != shape:
-            self.z, self.best = (enlarged(v.unsqueeze(1), shape)[:, 0] for v in (self.z, self.best))
-            self.reset()
+class Newton:
+    """A step to where the parabola through three points is least; a gradient step where it has no least (algorithm 3)."""
 
-    def adam(self, index: Tensor, slope: Tensor) -> Tensor:
-        """Running means of slopes and of their squares, each variable by its own count (algorithm 2)."""
+    def __init__(self, z: Tensor) -> None:
+        pass
+
+    def __call__(self, index: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+        return slope / torch.where(bend > 0, bend.clamp_min(FLAT), 1)
+
+    def forget(self, rows: Tensor) -> None:
+        pass
+
+
+class Adam:
+    """Running means of slopes and of their squares, each variable by its own count of turns (algorithm 2)."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.mean, self.square, self.turns = (torch.zeros_like(z.flatten(1)) for _ in range(3))
+
+    def __call__(self, index: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
         mean = 0.9 * self.mean.gather(1, index) + 0.1 * slope
         square = 0.999 * self.square.gather(1, index) + 0.001 * slope.square()
         turns = self.turns.gather(1, index) + 1
@@ -210,29 +199,42 @@ class Search:
             kept.scatter_(1, index, new)
         return mean / (1 - 0.9**turns) / ((square / (1 - 0.999**turns)).sqrt() + 1e-8)
 
-    WARM = True
-    ABORT = True
-    def note(self, margin: Tensor, value: Tensor, kappa: float) -> None:
-        distance = value
-        hit = margin > kappa if kappa == 0 else margin >= kappa
-        better = hit & (value < self.least)
-        self.best = torch.where(by_row(better, self.z), self.z, self.best)
-        self.least = torch.where(better, value, self.least)
-        self.met = self.met | hit
-        self.lowest = torch.minimum(self.lowest, value)
-
-    def restart(self, length: float) -> None:
-        over = self.spent >= length
-        if self.ABORT:
-            pass
-        if not over.any():
-            return
-        self.low, self.high = torch.where(over & ~self.met, self.c, self.low), torch.where(over & self.met, self.c, self.high)
-        self.c = torch.where(over, torch.where(self.high.isinf(), 10 * self.c, (self.low + self.high) / 2), self.c)
-        start = self.best if self.WARM else torch.zeros_like(self.best)
-        self.z = torch.where(by_row(over, self.z), torch.where(by_row(self.least.isfinite(), self.z), start, self.z if self.WARM else start), self.z)
+    def forget(self, rows: Tensor) -> None:
         for kept in (self.mean, self.square, self.turns):
-            kept[over] = 0
-        self.spent = torch.where(over, 0, self.spent)
-        self.met = self.met & ~over
-        self.lowest, self.before = torch.where(over, torch.inf, self.lowest), torch.where(over, torch.inf, self.before)
+            kept[rows] = 0
+
+
+RULES = {"newton": Newton, "adam": Adam}
+
+
+class Search:
+    """The descents of each input and the binary search over their c: tensors of shape (B,), and the nearest z."""
+
+    def __init__(self, z: Tensor, c: float, length: float) -> None:
+        nothing = torch.full_like(z.flatten(1)[:, 0], torch.inf)
+        self.best, self.least = z, nothing
+        self.c, self.low, self.high = torch.full_like(nothing, c), torch.zeros_like(nothing), nothing
+        self.length, self.spent = length, torch.zeros_like(nothing)
+        self.lowest, self.before = nothing, nothing
+        self.better = self.over = nothing.isfinite()
+
+    def note(self, z: Tensor, met: Tensor, value: Tensor, cost: int) -> None:
+        """Keeps the nearest ``z`` that met the goal (there the objective is the distance); is the descent over?"""
+        nearer = met & (value < self.least)
+        self.best, self.least = torch.where(by_row(nearer, z), z, self.best), torch.where(nearer, value, self.least)
+        self.better = self.better | nearer
+        self.lowest = torch.minimum(self.lowest, value)
+        tenth = (10 * self.spent / self.length).floor()
+        self.spent = self.spent + cost
+        check = (10 * self.spent / self.length).floor() > tenth
+        self.over = (self.spent >= self.length) | (check & (self.lowest > 0.9999 * self.before))
+        self.before = torch.where(check, self.lowest, self.before)
+
+    def restart(self, z: Tensor) -> Tensor:
+        """Another c where the descent is over: less if it came nearer, else more; from the nearest found, if any."""
+        over, raised = self.over, self.over & ~self.better
+        self.low, self.high = torch.where(raised, self.c, self.low), torch.where(over & self.better, self.c, self.high)
+        self.c = torch.where(over, torch.where(self.high.isinf(), 10 * self.c, (self.low + self.high) / 2), self.c)
+        self.spent, self.better = torch.where(over, 0, self.spent), self.better & ~over
+        self.lowest, self.before = (torch.where(over, torch.inf, kept) for kept in (self.lowest, self.before))
+        return torch.where(by_row(over & self.least.isfinite(), z), self.best, z)
