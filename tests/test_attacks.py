@@ -32,7 +32,7 @@ ATTACKS = {
     "pgd": Entry("gradient", {"linf": "pgd", "l2": "pgd", "l1": "pgd:steps=60"}, random=True),
     "r-fgsm": Entry("gradient", dict.fromkeys(("linf", "l2", "l1"), "r-fgsm:share=0.02"), random=True),
     "mi-fgsm": Entry("gradient", {"linf": "mi-fgsm", "l2": "mi-fgsm"}, random=False),
-    "zoo": Entry("query", {"l2": "zoo:queries=1500,coordinates=25"}, random=True),
+    "zoo": Entry("query", {"l2": "zoo:queries=1200,search_steps=3,coordinates=20,initial_c=0.2"}, random=True),
 }
 REACH = {"gradient": (0.95, 1.1), "query": (0.95, 1.5)}  # an attack must fail at, and win at, this many times the exact distance
 DISTANCE = {"linf": 0.05, "l2": 0.4, "l1": 0.2}
