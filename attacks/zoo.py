@@ -75,11 +75,12 @@ class ZOO:
     def __call__(self, problem: Problem) -> Tensor:
         size = problem.x[0].numel()
         together = max(1, PIECE // (size * (2 * min(self.coordinates, size) + 1)))
-        for rows in torch.arange(len(problem), device=problem.x.device).split(together):
-            self._attack(problem[rows])
-        return problem.best
+        rows = torch.arange(len(problem), device=problem.x.device)
+        last = torch.cat([self._attack(problem[some]) for some in rows.split(together)])
+        return torch.where(by_row(problem.distance.isfinite(), last), problem.best, last)
 
-    def _attack(self, problem: Problem) -> None:
+    def _attack(self, problem: Problem) -> Tensor:
+        """Where the last descent of each input has got to."""
         canvas = Canvas(problem.x, problem.threat, self.tanh)
         shapes = canvas.shapes(self.coarse)
         z = problem.x.new_zeros(len(problem), *shapes[0])
@@ -103,11 +104,14 @@ class ZOO:
                 if search.over.any():
                     z = search.restart(z)
                     rule.forget(search.over)
+        return canvas.image(z.unsqueeze(1))[:, 0]
 
     def _probe(self, problem: Problem, canvas: "Canvas", z: Tensor, c: Tensor, index: Tensor) -> tuple[Tensor, ...]:
         """Margin and objective at ``z``, (B,), and the objective's first two derivatives along ``index``, (B, K)."""
         where = torch.cat([index[:, :1], index, index], 1)
-        by = torch.cat([z.new_zeros(1), z.new_full(index.shape[1:], self.width), z.new_full(index.shape[1:], -self.width)])
+        by = torch.cat(
+            [z.new_zeros(1), z.new_full(index.shape[1:], self.width), z.new_full(index.shape[1:], -self.width)]
+        )
         room = max(1, PIECE // problem.x.numel())
         margins, values = [], []
         for some, change in zip(where.split(room, 1), by.split(room)):
@@ -117,8 +121,10 @@ class ZOO:
             margins.append(problem.goal.margin(problem.logits(x)))
             distance = x.sub_(problem.x.unsqueeze(1)).flatten(2).square_().sum(2)
             values.append(distance + c.unsqueeze(1) * (self.kappa - margins[-1]).clamp_min(0))
-        value, up, down = torch.cat(values, 1).nan_to_num().split([1, *index.shape[1:], *index.shape[1:]], 1)
+        value, up, down = torch.cat(values, 1).split([1, *index.shape[1:], *index.shape[1:]], 1)
         slope, bend = (up - down) / (2 * self.width), (up - 2 * value + down) / self.width**2
+        seen = slope.isfinite()
+        slope = slope.where(seen | ~seen.any(1, keepdim=True), 0)  # an input of which nothing is seen becomes NaN
         return margins[0][:, 0], value[:, 0], slope, bend
 
 
@@ -173,7 +179,7 @@ def important(noise: Noise, change: Tensor, z: Tensor, count: int) -> Tensor:
 
 
 class Newton:
-    """A step to where the parabola through three points is least; a gradient step where it has no least (algorithm 3)."""
+    """A step to where the parabola through three points is least; if nowhere, down its slope (algorithm 3)."""
 
     def __init__(self, z: Tensor) -> None:
         pass

@@ -34,7 +34,10 @@ ATTACKS = {
     "mi-fgsm": Entry("gradient", {"linf": "mi-fgsm", "l2": "mi-fgsm"}, random=False),
     "zoo": Entry("query", {"l2": "zoo:queries=1200,search_steps=3,coordinates=20,initial_c=0.2"}, random=True),
 }
-REACH = {"gradient": (0.95, 1.1), "query": (0.95, 1.5)}  # an attack must fail at, and win at, this many times the exact distance
+REACH = {
+    "gradient": (0.95, 1.1),
+    "query": (0.95, 1.5),
+}  # an attack must fail at, and win at, this many times the exact distance
 DISTANCE = {"linf": 0.05, "l2": 0.4, "l1": 0.2}
 SHAPES = [(1, 1, 1), (1, 6, 7), (3, 5, 4), (7,)]
 CASES = [pytest.param(name, norm, id=f"{name}-{norm}") for name, entry in ATTACKS.items() for norm in entry.specs]
@@ -46,7 +49,7 @@ def built(name: str, norm: str):
 
 
 def minimises(name: str) -> bool:
-    """Whether it seeks the nearest adversarial, at any distance: what lies beyond eps is held, and its label unknown."""
+    """Whether it seeks the nearest adversarial, at any distance: beyond eps it is held, and its label unknown."""
     return getattr(find("attack", name), "minimises", False)
 
 
