@@ -210,7 +210,7 @@ class Adam:
             kept[rows] = 0
 
 
-RULES = {"newton": Newton, "adam": Adam}
+RULES: dict[str, type[Newton] | type[Adam]] = {"newton": Newton, "adam": Adam}
 
 
 class Search:
