@@ -45,6 +45,7 @@ ATTACKS = {
     "cw": Entry("gradient", {"l2": "cw:search_steps=3,steps=40", "l0": "cw:steps=60"}, random=False),
     "cw-linf": Entry("gradient", {"linf": "cw-linf:steps=40"}, random=False),
     "cw-linf-tau": Entry("gradient", {"linf": "cw-linf-tau:steps=10,initial_c=10000,decay=0.7"}, random=False),
+    "zoo": Entry("query", {"l2": "zoo:queries=1200,search_steps=3,coordinates=20,initial_c=0.2"}, random=True),
     "boundary": Entry("query", {"l2": "boundary:queries=1000"}, random=True),
 }
 NEEDS_A_START = {"boundary"}  # of a model that gives one label to all images it learns nothing
