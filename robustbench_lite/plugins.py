@@ -4,8 +4,11 @@ from typing import ClassVar, Protocol, Self, TypeGuard
 
 from torch import Tensor, nn
 
+from robustbench_lite.certificate import Certificate
 from robustbench_lite.defended import Defended
+from robustbench_lite.noise import Noise
 from robustbench_lite.problem import Access, Problem
+from robustbench_lite.threat import ThreatModel
 from robustbench_lite.training import Lab
 
 
@@ -59,3 +62,16 @@ class Defense(Plugin, Protocol):
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
         """The defended model, in eval mode."""
+
+
+class Certifier(Plugin, Protocol):
+    """Proves that no input of the threat model changes the model's answer."""
+
+    norms: ClassVar[frozenset[str]]
+
+    def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
+        """What is proved of labels ``y`` (B,) around inputs ``x`` (B, ...).
+
+        Raises:
+            ValueError: for a model that the method does not cover; names the layer, and what it covers.
+        """
