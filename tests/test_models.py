@@ -286,14 +286,14 @@ class Spy(Defended):
     [
         (1, 256, [16]),
         (16, 16, [16]),
-        (17, 256, [32]),
+        (17, 256, [17]),
         (40, 16, [16, 16, 16]),
         (40, 37, [32, 16]),
         (40, 1, [16, 16, 16]),
         (0, 16, [0]),
     ],
 )
-def test_pieces_are_padded_to_sixteens_and_answers_are_not(x: Tensor, count: int, batch: int, sizes: list[int]):
+def test_small_pieces_are_padded_and_answers_are_not(x: Tensor, count: int, batch: int, sizes: list[int]):
     spy = Spy()
     answers = ask(spy, x[:count], batch)
     assert [len(piece) for piece in spy.asked] == sizes
