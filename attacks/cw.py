@@ -124,7 +124,7 @@ class CW:
     small. The authors used search_steps=9, steps=10000, rate=0.01 and initial_c=0.001.
     """
 
-    search_steps: int = 5
+    search_steps: int = 9
     steps: int = 200
     rate: float = 0.05
     initial_c: float = 1.0
