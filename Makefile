@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 
-.PHONY: bench test lint soak reference speed clean
+.PHONY: bench test lint soak reference speed strength clean
 
 bench: $(VENV)/ready
 	$(VENV)/bin/robust-bench --attack pgd --defense madry
@@ -23,8 +23,8 @@ reference: $(DEV)/ready
 	$(DEV)/bin/python -m pytest -m reference
 
 # Peers to compare with live in an environment of their own.
-speed: .venv-speed/ready
-	.venv-speed/bin/python benchmarks/speed/pgd.py
+speed strength: .venv-speed/ready
+	.venv-speed/bin/python benchmarks/publish.py $@
 
 .venv-speed/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-speed
