@@ -25,16 +25,15 @@ def overview(kind: registry.Kind) -> RenderableType:
     plugins: dict[str, Any] = dict(registry.plugins(kind))
     if not plugins:
         return Text(f"There is no {kind} yet.")
-    heads = [kind, "does", "norms", *(["access"] if kind == "attack" else []), "settings and defaults"]
+    heads = [kind, "does", "norms", *(["sees"] if kind == "attack" else [])]
     lines = [
-        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else []), ", ".join(_settings(cls))]
-        for name, cls in plugins.items()
+        [name, _summary(cls), _norms(cls), *([cls.access] if kind == "attack" else [])] for name, cls in plugins.items()
     ]
     families = [
         Text(f"{name}/...: {_summary(members)} robust-bench {kind}s {name} lists them.")
         for name, members in registry.families(kind).items()
     ]
-    note = Text(f"robust-bench {kind}s NAME says more, with the paper's BibTeX.")
+    note = Text(f"robust-bench {kind}s NAME says more, with the settings and the paper's BibTeX.")
     return Group(table(f"{kind}s", heads, lines), *families, note)
 
 
@@ -45,7 +44,7 @@ def explain(kind: registry.Kind, name: str) -> RenderableType:
         lines = [f"{cls.name}  ({_norms(cls)}; {cls.access})\n    {_summary(cls)}" for cls in members]
         return Text("\n".join([*sorted(lines), f"robust-bench {kind}s {name}/NAME says more."]))
     cls: Any = registry.find(kind, name)
-    parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), Text(inspect.cleandoc(cls.__doc__ or ""))]
+    parts = [Text(f"{name}  ({registry.origin(cls)})", style="bold"), *_paragraphs(cls)]
     if kind == "attack":
         parts.append(Text(f"norms: {_norms(cls)}; needs the model's {cls.access}"))
     settings = _settings(cls)
@@ -130,7 +129,14 @@ def _installed(package: str) -> str:
 
 
 def _summary(cls: object) -> str:
-    return inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
+    """The first sentence or so: what stands before the docstring's first empty line."""
+    return _paragraphs(cls)[0].plain.strip()
+
+
+def _paragraphs(cls: object) -> list[Text]:
+    """The docstring, each paragraph on one line, for the screen to wrap."""
+    text = inspect.cleandoc(cls.__doc__ or "").replace("``", "")
+    return [Text(" ".join(paragraph.split()) + "\n") for paragraph in text.split("\n\n")]
 
 
 def _norms(cls: Any) -> str:
@@ -143,5 +149,5 @@ def _settings(cls: Any) -> list[str]:
         if f.default is MISSING
         else f"{f.name}={str(f.default).lower() if f.default in (None, True, False) else f.default}"
         for f in fields(cls)
-        if f.init and not f.name.startswith("_")
+        if f.init and f.compare and not f.name.startswith("_")
     ]
