@@ -8,13 +8,14 @@ from torch import Tensor
 from robustbench_lite.bounds.balls import Ball
 from robustbench_lite.bounds.graph import Affine, Graph, Node
 from robustbench_lite.bounds.interval import step
-from robustbench_lite.bounds.maps import Full, Patches, Terms
+from robustbench_lite.bounds.maps import Full, Patches, Terms, dot
 from robustbench_lite.bounds.relax import Interval, Lines, Nonlinear, Rectifier, Slopes
 
-MEMORY = 256 * 2**20  # bytes that carrying functions back may take at once
+MEMORY = 32 * 2**20  # bytes that carrying functions back may take at once: more is slower, for caches are small
 COPIES = 6  # of the widest layer's coefficients that live at once
 
-Free = dict[tuple[int, int], Tensor]  # lower slopes by the node where functions began and the nonlinear node passed
+Start = tuple[Node, int]  # where functions begin, and at which turn
+Free = dict[tuple[int, int, int], Tensor]  # lower slopes by the start (its index, turn) and the nonlinear node passed
 
 
 class Bounds:
@@ -59,7 +60,7 @@ class Bounds:
         count = functions.shape[1]
         rows = torch.arange(len(self.ball), device=functions.device).repeat_interleave(count)
         values = functions.flatten(0, 1)
-        return self._least(self.graph.output, len(rows), lambda part: Full(values[part], rows[part])).view(-1, count)
+        return self._least((self.graph.output, 0), len(rows), lambda part: Full(values[part], rows[part])).view(-1, count)
 
     def _unsettled_by_intervals(self, node: Node, refine: bool) -> bool:
         """Whether linear functions bound the node's neurons better than intervals: not right after a box."""
@@ -68,21 +69,24 @@ class Bounds:
         return refine or node.affine
 
     def _refined(self, node: Node, op: Nonlinear) -> Interval:
+        """Bounds on the neurons before ``op``; the far one only of those that the one near zero leaves unsettled."""
         lower, upper = self.intervals[node.index]
-        rows, *place = op.unsettled(Interval(lower, upper)).nonzero(as_tuple=True)
-        both, where = torch.cat([rows, rows]), [torch.cat([axis, axis]) for axis in place]
-        sign = torch.ones(len(both), dtype=lower.dtype, device=lower.device)
-        sign[len(rows) :] = -1
-        found = self._least(
-            node, len(both), lambda part: _single(node, both[part], [axis[part] for axis in where], sign[part])
-        )
-        least, most = found.chunk(2)
-        at = (rows, *place)
-        return Interval(
-            lower.index_put(at, torch.maximum(least, lower[at])), upper.index_put(at, torch.minimum(-most, upper[at]))
-        )
+        open_ = op.unsettled(Interval(lower, upper))
+        near = torch.where(upper < -lower, -1, 1).to(lower.dtype)
+        for turn, side in enumerate((near, -near)):  # 1 for lower bounds, -1 for upper
+            if self._free is None:
+                open_ = op.unsettled(Interval(lower, upper))
+            where = open_.nonzero(as_tuple=True)
+            sign = side[where]
+            least = self._least((node, turn), len(sign), lambda part: _single(node, where, sign, part))
+            tighter = Interval(
+                lower.index_put(where, torch.maximum(least, lower[where])),
+                upper.index_put(where, torch.minimum(-least, upper[where])),
+            )
+            lower, upper = torch.where(side > 0, tighter.lower, lower), torch.where(side < 0, tighter.upper, upper)
+        return Interval(lower, upper)
 
-    def _least(self, start: Node, count: int, make: Callable[[slice], Terms]) -> Tensor:
+    def _least(self, start: Start, count: int, make: Callable[[slice], Terms]) -> Tensor:
         """Lower bounds (N,) on ``count`` linear functions of one node, in pieces that fit in memory."""
         if self._free is not None or not count:
             return self._carry(start, make(slice(0, count)))
@@ -92,11 +96,11 @@ class Bounds:
         size = max(1, self._memory // (COPIES * self._peak * self.ball.x.element_size()))
         return torch.cat([self._carry(start, make(slice(at, at + size))) for at in range(0, count, size)])
 
-    def _carry(self, start: Node, terms: Terms) -> Tensor:
+    def _carry(self, start: Start, terms: Terms) -> Tensor:
         """Carries linear functions of one node back to the input."""
-        pending: dict[int, Terms] = {start.index: terms}
+        pending: dict[int, Terms] = {start[0].index: terms}
         total = torch.zeros(len(terms), dtype=terms.values.dtype, device=terms.values.device)
-        for node in reversed(self.graph.nodes[: start.index + 1]):
+        for node in reversed(self.graph.nodes[: start[0].index + 1]):
             if node.index not in pending:
                 continue
             terms = pending.pop(node.index)
@@ -104,6 +108,7 @@ class Bounds:
             if node.op is None:
                 total = total + self.ball.minimum(terms)
             elif isinstance(node.op, Affine):
+                terms = terms.inside()
                 if node.op.bias is not None:
                     total = total + terms.dot(node.op.bias.to(total).expand(1, *node.shape))
                 for parent, map in zip(node.parents, node.op.maps):
@@ -120,31 +125,31 @@ class Bounds:
                 pending[parent.index] = pending[parent.index] + back if parent.index in pending else back
         return total
 
-    def _replaced(self, start: Node, node: Node, terms: Terms, lines: Lines) -> tuple[Terms, Tensor]:
+    def _replaced(self, start: Start, node: Node, terms: Terms, lines: Lines) -> tuple[Terms, Tensor]:
         """The activations' lines in their place: the lower one where a coefficient is positive, else the upper."""
-        values, positive = terms.values, terms.values > 0
-        below, above = terms.at(lines.lower), terms.at(lines.upper)
+        values, negative = terms.values, terms.values.clamp(max=0)
+        below, gap = terms.at(lines.lower), terms.at(lines.upper - lines.lower)
         above_offset = terms.at(lines.upper_offset)
         if self._free is not None and isinstance(node.op, Rectifier):
-            slopes = self._free.setdefault((start.index, node.index), below.detach().clone().requires_grad_())
-            below = torch.where(above_offset > 0, slopes, below)
-        offsets = torch.where(positive, terms.at(lines.lower_offset), above_offset)
-        offset = (values * offsets).flatten(1).sum(1)
-        return terms.with_values(values * torch.where(positive, below, above)), offset
+            chosen = self._free.setdefault((start[0].index, start[1], node.index), below.detach().clone().requires_grad_())
+            shift = torch.where(above_offset > 0, chosen - below, 0)
+            below, gap = below + shift, gap - shift
+        offset = dot(negative, above_offset)
+        if lines.lower_offset is not None:
+            offset = offset + dot(values - negative, terms.at(lines.lower_offset))
+        return terms.with_values(torch.addcmul(values * below, negative, gap)), offset
 
 
-def _single(node: Node, rows: Tensor, place: list[Tensor], sign: Tensor) -> Terms:
-    """Single neurons, times a sign."""
+def _single(node: Node, where: tuple[Tensor, ...], sign: Tensor, part: slice) -> Terms:
+    """A part of the neurons ``where`` (row, place), each times its sign."""
+    (rows, *place), sign = (axis[part] for axis in where), sign[part]
     one = torch.arange(len(rows), device=rows.device)
     if len(node.shape) == 3:
         channel, down, along = place
-        values = sign.new_zeros(len(rows), node.shape[0], 1, 1)
-        values[one, channel] = sign.view(-1, 1, 1)
+        values = sign.new_zeros(len(rows), node.shape[0], 1, 1).index_put((one, channel), sign.view(-1, 1, 1))
         size = (node.shape[1], node.shape[2])
         return Patches(values, rows, torch.stack([down, along], 1), size, size)
-    values = sign.new_zeros(len(rows), *node.shape)
-    values[one, *place] = sign
-    return Full(values, rows)
+    return Full(sign.new_zeros(len(rows), *node.shape).index_put((one, *place), sign), rows)
 
 
 def _least_of_box(terms: Terms, box: Interval) -> Tensor:

@@ -23,10 +23,10 @@ class Interval(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Above ``slope * x + offset`` of the lower line and below that of the upper, (B, ...) each."""
+    """The activation lies above ``lower * x + lower_offset`` (None: 0), below ``upper * x + upper_offset``: (B, ...)."""
 
     lower: Tensor
-    lower_offset: Tensor
+    lower_offset: Tensor | None
     upper: Tensor
     upper_offset: Tensor
 
@@ -82,7 +82,7 @@ class Rectifier(Nonlinear):
             below = torch.where(open_, self.slope, fixed)
         else:
             below = torch.where(open_, torch.where(upper > -lower, 1.0, self.slope).to(lower.dtype), fixed)
-        return Lines(below, torch.zeros_like(below), chord, offset)
+        return Lines(below, None, chord, offset)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_lite.bounds.graph import ROWS, Affine, Made, Node, Unbounded, rule
-from robustbench_lite.bounds.maps import Convolution, General, Identity, Map, Matrix, Pair, Scale, Shape
+from robustbench_lite.bounds.maps import Convolution, General, Identity, Map, Matrix, Pair, Reshape, Scale, Shape
 from robustbench_lite.bounds.relax import GELU, SIGMOID, SILU, TANH, Largest, Rectifier
 
 
@@ -151,7 +151,7 @@ def _same(shape: Shape, *nodes: Node) -> None:
 def reshape(shape: Shape, x: Node, *_: Any, **__: Any) -> Made:
     if x.shape == shape:
         return _through(x, Identity())
-    return _through(x, General(lambda value: value.reshape(len(value), *shape), x.shape, mixes=False))
+    return _through(x, Reshape(x.shape, shape))
 
 
 @rule("permute")
