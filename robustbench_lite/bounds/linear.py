@@ -88,7 +88,9 @@ class Bounds:
 
     def _least(self, start: Start, count: int, make: Callable[[slice], Terms]) -> Tensor:
         """Lower bounds (N,) on ``count`` linear functions of one node, in pieces that fit in memory."""
-        if self._free is not None or not count:
+        if not count:
+            return self.ball.x.new_zeros(0)
+        if self._free is not None:
             return self._carry(start, make(slice(0, count)))
         self._peak = 0
         with torch.no_grad():
@@ -110,7 +112,7 @@ class Bounds:
             elif isinstance(node.op, Affine):
                 terms = terms.inside()
                 if node.op.bias is not None:
-                    total = total + terms.dot(node.op.bias.to(total).expand(1, *node.shape))
+                    total = total + terms.constant(node.op.bias.to(total), node.shape)
                 for parent, map in zip(node.parents, node.op.maps):
                     back = map.transpose(terms)
                     pending[parent.index] = pending[parent.index] + back if parent.index in pending else back
