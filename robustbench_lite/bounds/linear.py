@@ -50,10 +50,10 @@ class Bounds:
                     inside = [self._refined(node.parents[0], node.op)]
                     self.intervals[node.parents[0].index] = inside[0]
                 self._lines[node.index] = node.op.lines(inside[0], slopes) if slopes else None
-            if within is not None and not isinstance(node.op, Nonlinear):
-                self.intervals.append(within[node.index])
+            if node.op is None:
+                self.intervals.append(ball.box)
             else:
-                self.intervals.append(step(node, inside) if node.op else ball.box)
+                self.intervals.append(within[node.index] if within is not None else step(node, inside))
 
     def lower(self, functions: Tensor) -> Tensor:
         """Lower bounds (B, S) on linear functions (B, S, ...) of the network's output."""
