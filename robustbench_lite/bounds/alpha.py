@@ -6,35 +6,43 @@ from torch import Tensor
 from robustbench_lite.bounds.balls import Ball
 from robustbench_lite.bounds.graph import Graph
 from robustbench_lite.bounds.linear import Bounds, Free
+from robustbench_lite.bounds.relax import Interval
 
 DECAY = 0.98  # of the rate after every iteration
 
 
-def optimised(graph: Graph, ball: Ball, functions: Tensor, iterations: int = 20, rate: float = 0.1) -> Tensor:
+def optimised(
+    graph: Graph, ball: Ball, functions: Tensor, iterations: int = 20, rate: float = 0.1, batch: int = 16
+) -> Tensor:
     """Lower bounds (B, S) on linear functions (B, S, ...) of the output: the best seen while Adam raises their sum.
 
-    Every bounded function has lower slopes of its own, those of intermediate bounds included. Begins at adaptive
-    slopes, and is never looser than they are. Not differentiable.
+    Every bounded function has lower slopes of its own, those of intermediate bounds included. They begin as adaptive
+    slopes, whose bounds are never undercut. ``batch`` inputs are worked on at once; not differentiable.
     """
+    pieces = zip(ball.x.split(batch), functions.split(batch))
+    return torch.cat([_best(graph, Ball(x, ball.threat), part, iterations, rate) for x, part in pieces])
+
+
+def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: float) -> Tensor:
     with torch.no_grad():
-        begin = Bounds(graph, ball)
-        best = begin.lower(functions)
-    free: Free = {}
-    optimiser: torch.optim.Adam | None = None
+        bounds = Bounds(graph, ball)
+        best = bounds.lower(functions)
+    free, optimiser = Free(), None
     for iteration in range(iterations):
+        within = [Interval(lower.detach(), upper.detach()) for lower, upper in bounds.intervals]
         with torch.enable_grad():
-            found = Bounds(graph, ball, free=free, within=begin.intervals).lower(functions)
+            bounds = Bounds(graph, ball, free=free, within=within)
+            found = bounds.lower(functions)
         best = torch.maximum(best, found.detach())
-        slopes = list(free.values())
-        if optimiser is None:
-            optimiser = torch.optim.Adam(slopes, rate)
-        for group in optimiser.param_groups:
-            group["lr"] = rate * DECAY**iteration
-        gradients = torch.autograd.grad(-found.sum(), slopes, allow_unused=True)
-        for slope, gradient in zip(slopes, gradients):
-            slope.grad = gradient
+        shares = list(free.shares.values())
+        if not shares:
+            break
+        optimiser = optimiser or torch.optim.Adam(shares, rate)
+        optimiser.param_groups[0]["lr"] = rate * DECAY**iteration
+        for share, gradient in zip(shares, torch.autograd.grad(-found.sum(), shares, allow_unused=True)):
+            share.grad = gradient
         optimiser.step()
         with torch.no_grad():
-            for slope in slopes:
-                slope.clamp_(0, 1)
+            for share in shares:
+                share.clamp_(0, 1)
     return best

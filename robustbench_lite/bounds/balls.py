@@ -50,8 +50,7 @@ class Ball:
         """The least value of each linear function: (N,)."""
         lower, upper = self.box
         if self.is_box:
-            least = terms.dot((lower + upper) / 2) - (terms.values.abs() * terms.at((upper - lower) / 2)).flatten(1).sum(1)
-            return least
+            return terms.least(lower, upper)
         slope = terms.values.flatten(1)
         room = torch.where(terms.values > 0, terms.at(self.x - lower), terms.at(upper - self.x)).flatten(1)
         fall = _fall_l1 if self.threat.norm.name == "l1" else _fall_l2
@@ -59,7 +58,7 @@ class Ball:
 
 
 def _fall_l1(slope: Tensor, room: Tensor, eps: float) -> Tensor:
-    """The most of ``sum(slope * step)`` over steps from 0 to ``room`` that sum up to ``eps``: the steepest come first."""
+    """The most of ``sum(slope * step)`` over steps from 0 to ``room`` that sum up to ``eps``: steepest first."""
     slope, order = slope.sort(dim=1, descending=True)
     room = room.gather(1, order)
     spent = room.cumsum(1) - room
@@ -73,11 +72,12 @@ def _fall_l2(slope: Tensor, room: Tensor, eps: float) -> Tensor:
     is found by bisection, where ``step = min(slope / multiplier, room)``.
     """
     with torch.no_grad():
-        high = torch.linalg.vector_norm(slope, dim=1, keepdim=True) / max(eps, 1e-30)
+        high = torch.linalg.vector_norm(slope, dim=1, keepdim=True) / max(eps, 1e-12)
         low = torch.zeros_like(high)
         for _ in range(30):
             middle = (low + high) / 2
             long = torch.minimum(slope / middle.clamp_min(1e-30), room).square().sum(1, keepdim=True) > eps**2
             low, high = torch.where(long, middle, low), torch.where(long, high, middle)
-        step = torch.minimum(slope / high.clamp_min(1e-30), room)
-    return (slope * step).sum(1) + (high[:, 0] / 2) * (eps**2 - step.square().sum(1))
+    step = torch.minimum(slope / high.clamp_min(1e-30), room)
+    fall: Tensor = (slope * step).sum(1) + (high[:, 0] / 2) * (eps**2 - step.square().sum(1))
+    return fall

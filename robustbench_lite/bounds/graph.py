@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robustbench_lite.bounds.maps import Map, Shape
-from robustbench_lite.bounds.relax import Nonlinear
+from robustbench_lite.bounds.relax import Interval, Nonlinear
 
 ROWS = 3  # inputs that the graph is read off from; with another number it is held against the network
 READS = {"dim", "size", "__len__", "__get__", "numel", "is_floating_point", "stride", "is_contiguous", "get_device"}
@@ -46,8 +46,19 @@ class Node:
         assert self.op is not None
         if isinstance(self.op, Nonlinear):
             return self.op(*values)
-        total = sum((map(value) for map, value in zip(self.op.maps, values)), torch.zeros(()).to(values[0]))
+        parts = [map(value) for map, value in zip(self.op.maps, values)]
+        total = sum(parts[1:], parts[0])
         return total if self.op.bias is None else total + self.op.bias
+
+    def interval(self, *inside: Interval) -> Interval:
+        """Bounds on the node, given those on its parents."""
+        assert self.op is not None
+        if isinstance(self.op, Nonlinear):
+            return self.op.interval(*inside)
+        middle = self(*((lower + upper) / 2 for lower, upper in inside))
+        radii = [map.magnitude((upper - lower) / 2) for map, (lower, upper) in zip(self.op.maps, inside)]
+        radius = sum(radii[1:], radii[0])
+        return Interval(middle - radius, middle + radius)
 
     @cached_property
     def affine(self) -> bool:
@@ -141,7 +152,7 @@ class _Recorder(TorchFunctionMode):
         self._keep(self.x, None, ())
         for name, module in self.model.named_modules():
             label = f"{name or 'the network'} ({type(module).__name__})"
-            enter = module.register_forward_pre_hook(lambda *_, label=label: self.layers.append(label))  # type: ignore[misc]
+            enter = module.register_forward_pre_hook(lambda *_, label=label: self.layers.append(label))
             leave = module.register_forward_hook(lambda *_: self.layers.pop() and None)
             self.stack.callback(enter.remove)
             self.stack.callback(leave.remove)

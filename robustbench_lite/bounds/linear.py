@@ -1,32 +1,43 @@
 """Bounds by linear relaxation, carried back from what is to be bounded to the input (CROWN; Zhang et al., 2018)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from robustbench_lite.bounds.balls import Ball
 from robustbench_lite.bounds.graph import Affine, Graph, Node
-from robustbench_lite.bounds.interval import step
 from robustbench_lite.bounds.maps import Full, Patches, Terms, dot
 from robustbench_lite.bounds.relax import Interval, Lines, Nonlinear, Rectifier, Slopes
 
-MEMORY = 32 * 2**20  # bytes that carrying functions back may take at once: more is slower, for caches are small
+MEMORY = 16 * 2**20  # bytes that are carried back at once; more does not pay, for caches are small
 COPIES = 6  # of the widest layer's coefficients that live at once
 
 Start = tuple[Node, int]  # where functions begin, and at which turn
-Free = dict[tuple[int, int, int], Tensor]  # lower slopes by the start (its index, turn) and the nonlinear node passed
+Neurons = tuple[tuple[Tensor, ...], Tensor]  # places (row, axis by axis), and 1 for a lower bound or -1 for an upper
+
+
+@dataclass
+class Free:
+    """Lower slopes to be learned, one a (leaky) ReLU and bounded function, as shares of the way from the slope below
+    zero to 1. They are made when first asked for, from chosen slopes."""
+
+    shares: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # by start, turn and node on the way
+    neurons: dict[tuple[int, int], Neurons] = field(default_factory=dict)  # by start and turn
 
 
 class Bounds:
     """Bounds on the nodes of a graph over a ball, and on linear functions of its output.
 
-    Every nonlinear node lies between lines whose lower ``slopes`` are chosen (None: between constants, which gives
-    interval bounds). The intervals over which the lines hold come from intervals before them or, with ``refine``, by
-    the same relaxation where the intervals leave a neuron unsettled. ``memory`` limits what is worked on at once, in bytes.
+    Every nonlinear node is put between lines, whose lower ``slopes`` are a choice, or between constants (None, which
+    makes all of it interval bounds; Gowal et al., 2018). What lines need, bounds on what goes in, comes from the same
+    relaxation (``refine``) where intervals leave a neuron unsettled, or from intervals alone (CROWN-IBP; Zhang et al.,
+    2020). With parallel slopes and ``refine`` it is the dual network of Wong & Kolter (2018).
 
-    Instead of ``slopes``, lower slopes of (leaky) ReLUs can be handed in as ``free``, one a neuron and bounded function;
-    those that it lacks are added to it. ``within`` are bounds that hold already.
+    ``memory`` limits, in bytes, what is carried back at once. ``free`` are slopes in place of chosen ones, ``within``
+    bounds on all nodes that hold already.
     """
 
     def __init__(
@@ -39,74 +50,79 @@ class Bounds:
         free: Free | None = None,
         within: Sequence[Interval] | None = None,
     ) -> None:
-        self.graph, self.ball, self.slopes = graph, ball, slopes
-        self._memory, self._free, self._peak = memory, free, 0
+        self.graph, self.ball = graph, ball
         self.intervals: list[Interval] = []
+        self._memory, self._free = memory, free
         self._lines: dict[int, Lines | None] = {}
         for node in graph.nodes:
             inside = [self.intervals[parent.index] for parent in node.parents]
             if isinstance(node.op, Nonlinear):
-                if self._unsettled_by_intervals(node.parents[0], refine):
-                    inside = [self._refined(node.parents[0], node.op)]
-                    self.intervals[node.parents[0].index] = inside[0]
+                (before,) = node.parents
+                if self._improves(before, refine and slopes is not None):
+                    inside = [self._refined(before, node.op)]
+                    self.intervals[before.index] = inside[0]
                 self._lines[node.index] = node.op.lines(inside[0], slopes) if slopes else None
             if node.op is None:
                 self.intervals.append(ball.box)
             else:
-                self.intervals.append(within[node.index] if within is not None else step(node, inside))
+                self.intervals.append(within[node.index] if within else node.interval(*inside))
 
     def lower(self, functions: Tensor) -> Tensor:
         """Lower bounds (B, S) on linear functions (B, S, ...) of the network's output."""
-        count = functions.shape[1]
-        rows = torch.arange(len(self.ball), device=functions.device).repeat_interleave(count)
-        values = functions.flatten(0, 1)
-        return self._least((self.graph.output, 0), len(rows), lambda part: Full(values[part], rows[part])).view(-1, count)
+        count, values = functions.shape[1], functions.flatten(0, 1).to(self.ball.x)
+        rows = torch.arange(len(functions), device=values.device).repeat_interleave(count)
+        least = self._least((self.graph.output, 0), len(rows), lambda part: Full(values[part], rows[part]))
+        return least.view(len(functions), count)
 
-    def _unsettled_by_intervals(self, node: Node, refine: bool) -> bool:
-        """Whether linear functions bound the node's neurons better than intervals: not right after a box."""
-        if self.ball.is_box:
-            return refine and not (isinstance(node.op, Affine) and len(node.parents) == 1 and node.parents[0].free)
-        return refine or node.affine
+    def _improves(self, node: Node, refine: bool) -> bool:
+        """Whether linear functions should bound the node: to refine it, unless intervals are exact as behind a box."""
+        if not self.ball.is_box:
+            return refine or node.affine
+        return refine and not (isinstance(node.op, Affine) and len(node.parents) == 1 and node.parents[0].free)
 
     def _refined(self, node: Node, op: Nonlinear) -> Interval:
-        """Bounds on the neurons before ``op``; the far one only of those that the one near zero leaves unsettled."""
+        """Bounds on the neurons before ``op``: the one nearer to 0, the other only where that leaves them unsettled."""
         lower, upper = self.intervals[node.index]
-        open_ = op.unsettled(Interval(lower, upper))
         near = torch.where(upper < -lower, -1, 1).to(lower.dtype)
-        for turn, side in enumerate((near, -near)):  # 1 for lower bounds, -1 for upper
-            if self._free is None:
-                open_ = op.unsettled(Interval(lower, upper))
-            where = open_.nonzero(as_tuple=True)
-            sign = side[where]
-            least = self._least((node, turn), len(sign), lambda part: _single(node, where, sign, part))
-            tighter = Interval(
-                lower.index_put(where, torch.maximum(least, lower[where])),
-                upper.index_put(where, torch.minimum(-least, upper[where])),
-            )
-            lower, upper = torch.where(side > 0, tighter.lower, lower), torch.where(side < 0, tighter.upper, upper)
+        for turn, side in enumerate((near, -near)):
+            found = op.unsettled(Interval(lower, upper)).nonzero(as_tuple=True)
+            neurons = found, side[found]
+            if self._free is not None:
+                neurons = self._free.neurons.setdefault((node.index, turn), neurons)
+            where, sign = neurons
+            least = self._least((node, turn), len(sign), partial(_single, node, neurons))
+            low, high = lower[where], upper[where]
+            best = torch.maximum(least, torch.where(sign > 0, low, -high))
+            if self._free is not None:
+                best = least + (best - least).detach()  # slopes that made it worse still learn
+            lower = lower.index_put(where, torch.where(sign > 0, best, low))
+            upper = upper.index_put(where, torch.where(sign > 0, high, -best))
         return Interval(lower, upper)
 
     def _least(self, start: Start, count: int, make: Callable[[slice], Terms]) -> Tensor:
-        """Lower bounds (N,) on ``count`` linear functions of one node, in pieces that fit in memory."""
+        """The least values (N,) of ``count`` linear functions of one node, in pieces that fit in memory."""
         if not count:
             return self.ball.x.new_zeros(0)
         if self._free is not None:
-            return self._carry(start, make(slice(0, count)))
-        self._peak = 0
+            return self._carry(start, make(slice(count)))[0]
         with torch.no_grad():
-            self._carry(start, make(slice(0, 1)))
-        size = max(1, self._memory // (COPIES * self._peak * self.ball.x.element_size()))
-        return torch.cat([self._carry(start, make(slice(at, at + size))) for at in range(0, count, size)])
+            _, widest = self._carry(start, make(slice(1)))
+        size = max(1, self._memory // (COPIES * widest * self.ball.x.element_size()))
+        return torch.cat([self._carry(start, make(slice(at, at + size)))[0] for at in range(0, count, size)])
 
-    def _carry(self, start: Start, terms: Terms) -> Tensor:
-        """Carries linear functions of one node back to the input."""
-        pending: dict[int, Terms] = {start[0].index: terms}
-        total = torch.zeros(len(terms), dtype=terms.values.dtype, device=terms.values.device)
+    def _carry(self, start: Start, terms: Terms) -> tuple[Tensor, int]:
+        """Carries linear functions of a node back to the input: their least values, and the widest layer passed."""
+        pending: dict[Node, Terms] = {start[0]: terms}
+        total, widest = terms.values.new_zeros(len(terms)), 0
+
+        def hand(parent: Node, back: Terms) -> None:
+            pending[parent] = pending[parent] + back if parent in pending else back
+
         for node in reversed(self.graph.nodes[: start[0].index + 1]):
-            if node.index not in pending:
+            if node not in pending:
                 continue
-            terms = pending.pop(node.index)
-            self._peak = max(self._peak, terms.values[0:1].numel())
+            terms = pending.pop(node)
+            widest = max(widest, terms.values[0].numel())
             if node.op is None:
                 total = total + self.ball.minimum(terms)
             elif isinstance(node.op, Affine):
@@ -114,37 +130,42 @@ class Bounds:
                 if node.op.bias is not None:
                     total = total + terms.constant(node.op.bias.to(total), node.shape)
                 for parent, map in zip(node.parents, node.op.maps):
-                    back = map.transpose(terms)
-                    pending[parent.index] = pending[parent.index] + back if parent.index in pending else back
+                    hand(parent, map.transpose(terms))
+            elif (lines := self._lines[node.index]) is None:
+                total = total + terms.least(*self.intervals[node.index])
             else:
-                lines = self._lines[node.index]
-                if lines is None:
-                    total = total + _least_of_box(terms, self.intervals[node.index])
-                    continue
                 back, offset = self._replaced(start, node, terms, lines)
                 total = total + offset
-                parent = node.parents[0]
-                pending[parent.index] = pending[parent.index] + back if parent.index in pending else back
-        return total
+                hand(node.parents[0], back)
+        return total, widest
 
     def _replaced(self, start: Start, node: Node, terms: Terms, lines: Lines) -> tuple[Terms, Tensor]:
-        """The activations' lines in their place: the lower one where a coefficient is positive, else the upper."""
+        """Lines in place of the activations: the lower one where a coefficient is positive, else the upper."""
         values, negative = terms.values, terms.values.clamp(max=0)
         below, gap = terms.at(lines.lower), terms.at(lines.upper - lines.lower)
         above_offset = terms.at(lines.upper_offset)
         if self._free is not None and isinstance(node.op, Rectifier):
-            chosen = self._free.setdefault((start[0].index, start[1], node.index), below.detach().clone().requires_grad_())
-            shift = torch.where(above_offset > 0, chosen - below, 0)
-            below, gap = below + shift, gap - shift
+            key = start[0].index, start[1], node.index
+            least = node.op.slope
+            share = self._free.shares.setdefault(key, (below > least).to(below.dtype).requires_grad_())
+            change = torch.where(above_offset > 0, least + (1 - least) * share - below, 0)
+            below, gap = below + change, gap - change
         offset = dot(negative, above_offset)
         if lines.lower_offset is not None:
             offset = offset + dot(values - negative, terms.at(lines.lower_offset))
         return terms.with_values(torch.addcmul(values * below, negative, gap)), offset
 
 
-def _single(node: Node, where: tuple[Tensor, ...], sign: Tensor, part: slice) -> Terms:
-    """A part of the neurons ``where`` (row, place), each times its sign."""
-    (rows, *place), sign = (axis[part] for axis in where), sign[part]
+def differences(labels: Tensor, classes: int) -> Tensor:
+    """The linear functions of the logits that make a margin, (B, C-1, C): the label's less each other's, in order."""
+    one = torch.eye(classes, device=labels.device)
+    others = torch.arange(classes - 1, device=labels.device).expand(len(labels), -1)
+    return one[labels].unsqueeze(1) - one[others + (others >= labels.unsqueeze(1))]
+
+
+def _single(node: Node, neurons: Neurons, part: slice) -> Terms:
+    """A part of the neurons, each times its sign."""
+    (rows, *place), sign = (axis[part] for axis in neurons[0]), neurons[1][part]
     one = torch.arange(len(rows), device=rows.device)
     if len(node.shape) == 3:
         channel, down, along = place
@@ -152,8 +173,3 @@ def _single(node: Node, where: tuple[Tensor, ...], sign: Tensor, part: slice) ->
         size = (node.shape[1], node.shape[2])
         return Patches(values, rows, torch.stack([down, along], 1), size, size)
     return Full(sign.new_zeros(len(rows), *node.shape).index_put((one, *place), sign), rows)
-
-
-def _least_of_box(terms: Terms, box: Interval) -> Tensor:
-    middle, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    return terms.dot(middle) - terms.with_values(terms.values.abs()).dot(radius)

@@ -45,6 +45,10 @@ class Terms(ABC):
     @abstractmethod
     def with_values(self, values: Tensor) -> Terms: ...
 
+    def least(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """The functions' least values over a box (B, ...): (N,)."""
+        return self.dot((lower + upper) / 2) - dot(self.values.abs(), self.at((upper - lower) / 2))
+
     def constant(self, bias: Tensor, shape: Shape) -> Tensor:
         """The functions' values at ``bias``, which broadcasts against one input's ``shape``: (N,)."""
         if bias.dim() == 3 and bias.shape[1:] == (1, 1):
@@ -134,9 +138,7 @@ class Patches(Terms):
 
         def grown(patches: Patches) -> Tensor:
             before = [new - old for new, old in zip(shift, patches.shift)]
-            after = [
-                end - (length - old) for end, length, old in zip(ends, patches.values.shape[2:], patches.shift)
-            ]
+            after = [end - (length - old) for end, length, old in zip(ends, patches.values.shape[2:], patches.shift)]
             return F.pad(patches.values, (before[1], after[1], before[0], after[0]))
 
         return replace(self, values=grown(self) + grown(other), shift=shift)
@@ -321,9 +323,7 @@ class Convolution(Map):
             size[axis] + 2 * padding[axis] - self._reach(axis) - 1 - (values.shape[2 + axis] - 1) * self.stride[axis]
             for axis in (0, 1)
         ]
-        return F.conv_transpose2d(
-            values, self.weight, None, self.stride, padding, rest, self.groups, self.dilation
-        )
+        return F.conv_transpose2d(values, self.weight, None, self.stride, padding, rest, self.groups, self.dilation)
 
     def _tap_by_tap(self, values: Tensor, size: Pair, padding: Pair) -> Tensor:
         whole = values.new_zeros(len(values), self.weight.shape[1], size[0] + 2 * padding[0], size[1] + 2 * padding[1])

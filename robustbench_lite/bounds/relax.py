@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Interval(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The activation lies above ``lower * x + lower_offset`` (None: 0), below ``upper * x + upper_offset``: (B, ...)."""
+    """Above ``lower * x + lower_offset`` (None: 0) and below ``upper * x + upper_offset`` it lies; (B, ...) each."""
 
     lower: Tensor
     lower_offset: Tensor | None
@@ -126,7 +127,7 @@ class Smooth(Nonlinear):
         """Minimum and maximum of ``f(x) - slope * x`` over the interval."""
         edges = [-math.inf, *self.inflections, math.inf]
         points = [inside.lower.expand_as(slope), inside.upper.expand_as(slope)]
-        for left, right in zip(edges, edges[1:]):
+        for left, right in pairwise(edges):
             piece = Interval(inside.lower.clamp(left, right), inside.upper.clamp(left, right))
             points.append(self._tangent(piece, slope))
         rest = torch.stack([self(point) - slope * point for point in points])
