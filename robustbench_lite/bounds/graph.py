@@ -125,7 +125,7 @@ def trace(model: nn.Module, shape: Shape) -> Graph:
     with torch.no_grad():
         other = _probe(like, ROWS + 2, shape).flip(-1)
         answer, expected = graph(other), model(other)
-    if answer.shape != expected.shape or not torch.allclose(answer, expected, rtol=1e-3, atol=1e-4):
+    if answer.shape != expected.shape or not (answer - expected).abs().amax() <= 1e-3 * expected.abs().amax():
         raise Unbounded("the network answers otherwise than its layers do one by one: is it random, or does it decide?")
     return graph
 
@@ -167,15 +167,16 @@ class _Recorder(TorchFunctionMode):
         if name in READS and not isinstance(answer, Tensor):
             return answer
         if name not in RULES:
-            raise self._error(f"calls {name}")
+            known = ", ".join(sorted({rule.__name__.strip("_") for rule in RULES.values()}))
+            raise self._error(f"calls {name}, which cannot be bounded; what can: {known}")
         if not isinstance(answer, Tensor) or answer.shape[:1] != (ROWS,) or answer.dtype != self.x.dtype:
-            raise self._error(f"calls {name} across inputs or with another type")
+            raise self._error(f"calls {name} across inputs, or for another type of numbers")
         shape = tuple(answer.shape[1:])
         try:
             call = inspect.signature(RULES[name]).bind(shape, *self._nodes(args), **self._nodes(kwargs))
             op, parents = RULES[name](*call.args, **call.kwargs)
         except (Unbounded, TypeError) as error:
-            raise self._error(f"calls {name}: {error}") from error
+            raise self._error(f"calls {name}, which cannot be bounded here: {error}") from error
         self._keep(answer, op, parents)
         return answer
 
@@ -203,8 +204,7 @@ class _Recorder(TorchFunctionMode):
 
     def _error(self, what: str) -> Unbounded:
         where = self.layers[-1] if self.layers else "the network"
-        known = ", ".join(sorted(name for name in RULES if not name.endswith("_")))
-        return Unbounded(f"{where} {what}, which cannot be bounded; what can: {known}")
+        return Unbounded(f"{where} {what}")
 
 
 def _flat(value: Any) -> Iterator[Any]:

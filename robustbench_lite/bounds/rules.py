@@ -25,7 +25,7 @@ def _constant(value: Any) -> Any:
 
 def _beside(x: Node, value: Any) -> Tensor:
     """A constant that is added to ``x``, or multiplied with it, in the shape that broadcasts against one input."""
-    tensor = torch.as_tensor(value)
+    tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
     if tensor.dim() > len(x.shape):
         if len(tensor) == ROWS and not torch.equal(tensor, tensor[:1].expand_as(tensor)):
             raise Unbounded("it differs from input to input")
@@ -139,7 +139,7 @@ def mul(shape: Shape, x: Any, other: Any) -> Made:
 def div(shape: Shape, x: Any, other: Any) -> Made:
     if not isinstance(x, Node):
         raise Unbounded("it divides by something that depends on the input")
-    return mul(shape, x, 1 / torch.as_tensor(_constant(other)))
+    return mul(shape, x, 1 / _constant(other))
 
 
 def _same(shape: Shape, *nodes: Node) -> None:
@@ -170,11 +170,11 @@ def getitem(shape: Shape, x: Node, index: Any) -> Made:
 
 
 @rule("pad")
-def pad(shape: Shape, x: Node, amount: Any, mode: str = "constant", value: float | None = None) -> Made:
+def pad_(shape: Shape, x: Node, pad: Any, mode: str = "constant", value: float | None = None) -> Made:
     if mode != "constant":
         raise Unbounded(f"it pads in the mode {mode}, not constant")
-    frame = F.pad(torch.zeros(1, *x.shape), amount, value=value or 0.0)[0] if value else None
-    return _through(x, General(lambda values: F.pad(values, amount), x.shape, mixes=False), frame)
+    frame = F.pad(torch.zeros(1, *x.shape), pad, value=value)[0] if value else None
+    return _through(x, General(lambda values: F.pad(values, pad), x.shape, mixes=False), frame)
 
 
 @rule("cat", "concat", "concatenate")
