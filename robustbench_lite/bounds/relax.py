@@ -73,17 +73,21 @@ class Rectifier(Nonlinear):
     def lines(self, inside: Interval, slopes: Slopes) -> Lines:
         lower, upper = inside
         open_ = self.unsettled(inside)
-        fixed = torch.where(lower >= 0, 1.0, self.slope).to(lower.dtype)
+        fixed = self._either(lower >= 0, lower)
         width = torch.where(open_, upper - lower, 1)
         chord = torch.where(open_, (upper - self.slope * lower) / width, fixed)
         offset = torch.where(open_, (self.slope - chord) * lower, 0)
         if slopes == "parallel":
             below = chord
         elif slopes == "zero":
-            below = torch.where(open_, self.slope, fixed)
+            below = fixed
         else:
-            below = torch.where(open_, torch.where(upper > -lower, 1.0, self.slope).to(lower.dtype), fixed)
+            below = torch.where(open_, self._either(upper > -lower, lower), fixed)
         return Lines(below, None, chord, offset)
+
+    def _either(self, above: Tensor, like: Tensor) -> Tensor:
+        """The slope above zero or the one below, in full precision."""
+        return self.slope + (1 - self.slope) * above.to(like)
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,17 @@ class Smooth(Nonlinear):
         edges = [-math.inf, *self.inflections, math.inf]
         points = [inside.lower.expand_as(slope), inside.upper.expand_as(slope)]
         for left, right in pairwise(edges):
-            piece = Interval(inside.lower.clamp(left, right), inside.upper.clamp(left, right))
-            points.append(self._tangent(piece, slope))
+            start = torch.minimum(inside.lower.clamp_min(left), inside.upper)
+            stop = torch.maximum(inside.upper.clamp_max(right), inside.lower)
+            touches = (self.derivative(start) < slope) != (self.derivative(stop) < slope)
+            tangent = self._tangent(start.expand_as(slope), stop.expand_as(slope), slope)
+            points.append(torch.where(touches, tangent, points[0]))
         rest = torch.stack([self(point) - slope * point for point in points])
         return rest.amin(0), rest.amax(0)
 
     @torch.no_grad()
-    def _tangent(self, piece: Interval, slope: Tensor) -> Tensor:
-        """Where the derivative is ``slope``; an end of the piece where it nowhere is."""
-        left, right = piece.lower.expand_as(slope), piece.upper.expand_as(slope)
+    def _tangent(self, left: Tensor, right: Tensor, slope: Tensor) -> Tensor:
+        """Where from ``left`` to ``right`` the derivative is ``slope``."""
         falling = self.derivative(left) > self.derivative(right)
         for _ in range(ROUNDS):
             middle = (left + right) / 2

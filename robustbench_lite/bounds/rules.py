@@ -156,16 +156,22 @@ def reshape(shape: Shape, x: Node, *_: Any, **__: Any) -> Made:
 
 @rule("permute")
 def permute(shape: Shape, x: Node, *order: Any) -> Made:
+    if (order[0][0] if isinstance(order[0], Sequence) else order[0]) != 0:
+        raise Unbounded("it moves the axis of the inputs")
     return _through(x, General(lambda value: value.permute(*order), x.shape, mixes=False))
 
 
 @rule("transpose")
 def transpose(shape: Shape, x: Node, first: int, second: int) -> Made:
+    if 0 in (first % (len(shape) + 1), second % (len(shape) + 1)):
+        raise Unbounded("it moves the axis of the inputs")
     return _through(x, General(lambda value: value.transpose(first, second), x.shape, mixes=False))
 
 
 @rule("__getitem__")
 def getitem(shape: Shape, x: Node, index: Any) -> Made:
+    if not isinstance(index, tuple) or index[0] not in (slice(None), Ellipsis):
+        raise Unbounded("it picks among the inputs")
     return _through(x, General(lambda value: value[index], x.shape, mixes=False))
 
 
