@@ -364,7 +364,7 @@ def test_an_activation_lies_between_its_lines_and_touches_them(op, slopes):
     inside = Interval(ends.amin(1), ends.amax(1))
     lines = op.lines(inside, slopes)
     x = inside.lower + (inside.upper - inside.lower) * torch.linspace(0, 1, 2001, dtype=torch.float64).unsqueeze(1)
-    above = lines.upper * x + lines.upper_offset - op(x)
+    above = (lines.lower + lines.gap) * x + lines.upper_offset - op(x)
     below = op(x) - lines.lower * x - (lines.lower_offset if lines.lower_offset is not None else 0)
     for gap in (above, below):
         assert gap.amin() >= -1e-12

@@ -142,7 +142,7 @@ class Bounds:
     def _replaced(self, start: Start, node: Node, terms: Terms, lines: Lines) -> tuple[Terms, Tensor]:
         """Lines in place of the activations: the lower one where a coefficient is positive, else the upper."""
         values, negative = terms.values, terms.values.clamp(max=0)
-        below, gap = terms.at(lines.lower), terms.at(lines.upper - lines.lower)
+        below, gap = terms.at(lines.lower), terms.at(lines.gap)
         above_offset = terms.at(lines.upper_offset)
         if self._free is not None and isinstance(node.op, Rectifier):
             key = start[0].index, start[1], node.index

@@ -24,11 +24,11 @@ class Interval(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Above ``lower * x + lower_offset`` (None: 0) and below ``upper * x + upper_offset`` it lies; (B, ...) each."""
+    """Above ``lower * x + lower_offset`` (None: 0) and below ``(lower + gap) * x + upper_offset``; (B, ...) each."""
 
     lower: Tensor
     lower_offset: Tensor | None
-    upper: Tensor
+    gap: Tensor
     upper_offset: Tensor
 
 
@@ -83,7 +83,7 @@ class Rectifier(Nonlinear):
             below = fixed
         else:
             below = torch.where(open_, self._either(upper > -lower, lower), fixed)
-        return Lines(below, None, chord, offset)
+        return Lines(below, None, chord - below, offset)
 
     def _either(self, above: Tensor, like: Tensor) -> Tensor:
         """The slope above zero or the one below, in full precision."""
@@ -117,15 +117,16 @@ class Smooth(Nonlinear):
         chord = torch.where(narrow, self.derivative(middle), (self(upper) - self(lower)) / width)
         if slopes == "parallel":
             below, above = self._offsets(inside, chord)
-            return Lines(chord, below, chord, above)
+            return Lines(chord, below, torch.zeros_like(chord), above)
         choices = torch.stack([chord, self.derivative(lower), self.derivative(upper), self.derivative(middle)])
         below, above = self._offsets(inside, choices)
         high = (choices * middle + above).argmin(0, keepdim=True)
-        above_line = choices.gather(0, high)[0], above.gather(0, high)[0]
+        upper, upper_offset = choices.gather(0, high)[0], above.gather(0, high)[0]
         if slopes == "zero":
-            return Lines(torch.zeros_like(chord), self.interval(inside).lower, *above_line)
+            return Lines(torch.zeros_like(chord), self.interval(inside).lower, upper, upper_offset)
         low = (choices * middle + below).argmax(0, keepdim=True)
-        return Lines(choices.gather(0, low)[0], below.gather(0, low)[0], *above_line)
+        least, least_offset = choices.gather(0, low)[0], below.gather(0, low)[0]
+        return Lines(least, least_offset, upper - least, upper_offset)
 
     def _offsets(self, inside: Interval, slope: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of ``f(x) - slope * x`` over the interval."""
