@@ -12,7 +12,7 @@ DECAY = 0.98  # of the rate after every iteration
 
 
 def optimised(
-    graph: Graph, ball: Ball, functions: Tensor, iterations: int = 20, rate: float = 0.1, batch: int = 16
+    graph: Graph, ball: Ball, functions: Tensor, iterations: int = 20, rate: float = 0.1, batch: int = 8
 ) -> Tensor:
     """Lower bounds (B, S) on linear functions (B, S, ...) of the output: the best seen while Adam raises their sum.
 
