@@ -76,13 +76,25 @@ def pooled(activation: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.MaxPool2d(2, 1), activation, nn.Flatten(), nn.Linear(18, 3))
 
 
+def deep(activation: nn.Module) -> nn.Module:
+    """Convolutions small enough, on images of 14x13, that linear functions of their neurons stay in windows."""
+    first, second = nn.Conv2d(2, 3, 3, (1, 2), (1, 0)), nn.Conv2d(3, 3, (3, 2), 1, (2, 1))
+    third = nn.Conv2d(3, 4, 2, dilation=(2, 1), padding=(1, 2))
+    layers = [first, activation, second, third, activation, nn.Conv2d(4, 4, 2, (2, 1), (1, 0), groups=2), activation]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+
+
 STRUCTURES = {"dense": dense, "convolutional": convolutional, "pooled": pooled, "residual": Residual}
 
 
 def network(structure: str, activation: str = "relu", seed: int = 0) -> nn.Module:
-    """A random network in float64, with weights that leave many activations unsettled."""
+    return randomised(STRUCTURES[structure](ACTIVATIONS[activation]), seed)
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same network in float64, with weights that leave many activations unsettled."""
     random = torch.Generator().manual_seed(seed)
-    model = STRUCTURES[structure](ACTIVATIONS[activation]).double().eval()
+    model = model.double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 1.6 / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else 0.3
@@ -186,12 +198,17 @@ def test_affine_networks_are_bounded_exactly(name, norm):
     torch.testing.assert_close(Bounds(trace(model, SHAPE), ball, **METHODS[name]).lower(functions), logits - 0.2 * dual)
 
 
-def test_a_network_of_one_neuron_is_bounded_as_by_hand():
-    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2))
+def one_neuron(activation: nn.Module) -> Graph:
+    """From x to activation(x) + 1/2 and 0."""
+    model = nn.Sequential(nn.Linear(1, 1), activation, nn.Linear(1, 2))
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), ([[1.0]], [0.0], [[1.0], [0.0]], [0.5, 0.0])):
             parameter.copy_(torch.tensor(value))
-    graph, ball = trace(model, (1,)), Ball(torch.tensor([[1.0]]), threat(eps=2.0, within=FREE))
+    return trace(model, (1,))
+
+
+def test_a_network_of_one_neuron_is_bounded_as_by_hand():
+    graph, ball = one_neuron(nn.ReLU()), Ball(torch.tensor([[1.0]]), threat(eps=2.0, within=FREE))
     up, down = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[-1.0, 1.0]]])
     # over [-1, 3] the ReLU lies below 3/4 (x + 1), and above x, 0 or 3/4 x
     expected = {"ibp": 0.5, "crown-ibp": -0.5, "crown": -0.5, "zero": 0.5, "parallel": 0.5 - 0.75}
@@ -200,15 +217,17 @@ def test_a_network_of_one_neuron_is_bounded_as_by_hand():
         assert bounds.lower(up).item() == pytest.approx(expected[name])
         assert bounds.lower(down).item() == pytest.approx(-3.5)
     assert optimised(graph, ball, up).item() == pytest.approx(0.5)
+    left = Ball(torch.tensor([[-0.25]]), threat(eps=0.75, within=FREE))
+    assert optimised(one_neuron(nn.LeakyReLU(0.2)), left, up).item() == pytest.approx(0.5 - 0.2)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_windows_memory_and_batches_change_nothing(structure, monkeypatch):
-    model, x = network(structure), inputs(4)
-    graph, functions = trace(model, SHAPE), differences(torch.tensor([0, 1, 2, 0]), 3)
+@pytest.mark.parametrize(("make", "shape"), [(Residual, SHAPE), (dense, SHAPE), (deep, (2, 14, 13))])
+def test_windows_memory_and_batches_change_nothing(make, shape, monkeypatch):
+    model, x = randomised(make(nn.ReLU())), inputs(4, shape=shape)
+    graph, functions = trace(model, shape), differences(torch.tensor([0, 1, 2, 0]), 3)
     ball = Ball(x, threat(eps=0.15))
     whole = Bounds(graph, ball).lower(functions)
-    torch.testing.assert_close(Bounds(graph, ball, memory=1).lower(functions), whole)
+    torch.testing.assert_close(Bounds(graph, ball, memory=2**18).lower(functions), whole)
     torch.testing.assert_close(Bounds(graph, Ball(x[2:3], ball.threat)).lower(functions[2:3]), whole[2:3])
     transpose = Convolution.transpose
 
