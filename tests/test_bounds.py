@@ -137,7 +137,7 @@ def values(graph: Graph, x: Tensor) -> list[Tensor]:
     return found
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     st.sampled_from(sorted(STRUCTURES)),
     st.sampled_from(sorted(ACTIVATIONS)),
