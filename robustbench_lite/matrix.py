@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
@@ -19,7 +20,7 @@ from robustbench_lite import __version__, data, leaderboard, registry
 from robustbench_lite.certifying import Court, searches
 from robustbench_lite.evaluation import Bench, Target, check, frozen
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Rows
+from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
 from robustbench_lite.plugins import Attack, Certifier, Learner, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel, find_norm
@@ -94,6 +95,18 @@ class Results:
     def unknown(self) -> int:
         """How many inputs, over all leaderboard rows, are of unknown status."""
         return int(self.leaderboard()["unknown"].sum())
+
+    def unknown_reasons(self) -> dict[str, int]:
+        """Why inputs are of unknown status: how many attacks on them ended so, where the leaderboard counts any, and
+        how many certificates did that failed or were refused."""
+        counts: Counter[str] = Counter()
+        if self.unknown:
+            for entry in self.entries:
+                counts.update(entry.outcome.reason[entry.outcome.status == UNKNOWN].tolist())
+        for proof in self.proofs:
+            counts.update(proof.certified.reason[proof.certified.status == UNKNOWN].tolist())
+        del counts[""]
+        return dict(counts.most_common())
 
     def save_patch(self, path: str | Path) -> str:
         """Writes the first patch that an attack has learned as PNG, a pixel a pixel; says which it is.
@@ -415,8 +428,11 @@ def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard
 
 def _expand(kind: registry.Kind, items: Sequence[Any]) -> list[Any]:
     """``items`` with ``all`` replaced by the built-in plugins (of defenses: the recipes)."""
-    names = [name for name in registry.builtin(kind) if getattr(registry.find(kind, name), "trains", True)]
-    return [one for item in items for one in (names if item == "all" else [item])]
+    return [one for item in items for one in (_all(kind) if item == "all" else [item])]
+
+
+def _all(kind: registry.Kind) -> list[str]:
+    return [name for name in registry.builtin(kind) if getattr(registry.find(kind, name), "trains", True)]
 
 
 def _chosen(kind: registry.Kind, given: str | Sequence[Any]) -> list[Any]:
