@@ -108,7 +108,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         title = f"Robust accuracy, % [95 % interval]: {dataset}, {norm} eps {eps:g}"
         console.print(table(title, ["defense", *ran], lines))
-    proved = board["certified_accuracy"].notna().any()
+    wide, proved = console.width >= WIDE, bool(board["certified_accuracy"].notna().any())
     lines = [
         [
             str(row["rank"]),
@@ -116,7 +116,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
             f"{row['norm']} {row['eps']:g}",
             str(row["examples"]),
             percent(row["clean_accuracy"]),
-            *([_cell(row["certified_accuracy"], row["examples"])] if proved else []),
+            *([_cell(row["certified_accuracy"], row["examples"] if wide else None)] if proved else []),
             interval(row["robust_accuracy"], row["examples"]),
             row["worst_attack"],
             str(row["unknown"]),
@@ -126,15 +126,23 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = ["rank", "defense", "threat", "n", "clean", *([CERTIFIED] if proved else []), ROBUST]
+    heads = [
+        "rank",
+        "defense",
+        "threat",
+        "n",
+        "clean",
+        *([CERTIFIED if wide else "certified"] if proved else []),
+        ROBUST,
+    ]
     heads += ["worst attack", "unknown"]
-    heads += ["forwards", "backwards", "seconds"] if console.width >= WIDE else []
+    heads += ["forwards", "backwards", "seconds"] if wide else []
     title = "Leaderboard: what survives every attack, %"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 
 
 def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
-    """A line a defense and certifier; on a narrow screen without radius and seconds."""
+    """A line a defense and certifier; on a narrow screen without counts, radius and seconds."""
     lines = [
         [
             row["defense"],
@@ -151,14 +159,17 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
         for _, row in certificates.iterrows()
     ]
     heads = ["defense", "method", "threat", "n", "clean", CERTIFIED, "margin"]
-    heads += ["verified", "falsified", "unknown", "unsupported"]
-    heads += ["radius", "seconds"] if console.width >= WIDE else []
+    if console.width >= WIDE:
+        heads += ["verified", "falsified", "unknown", "unsupported", "radius", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 
 
-def _cell(fraction: float, examples: int) -> str:
-    return "" if fraction != fraction else interval(fraction, examples)
+def _cell(fraction: float, examples: int | None) -> str:
+    """Empty where there is none; with its interval where ``examples`` are given."""
+    if fraction != fraction:
+        return ""
+    return percent(fraction) if examples is None else interval(fraction, examples)
 
 
 def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:

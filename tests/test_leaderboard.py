@@ -234,7 +234,8 @@ def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
         "rank dataset defense model parameters norm eps examples clean_accuracy certified_accuracy certified_low"
-        " certified_high robust_accuracy robust_low robust_high worst_attack attacks certifiers unknown forwards backwards seconds seed version"
+        " certified_high robust_accuracy robust_low robust_high worst_attack attacks"
+        " certifiers unknown forwards backwards seconds seed version"
     )
 
 
