@@ -126,16 +126,8 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = [
-        "rank",
-        "defense",
-        "threat",
-        "n",
-        "clean",
-        *([CERTIFIED if wide else "certified"] if proved else []),
-        ROBUST,
-    ]
-    heads += ["worst attack", "unknown"]
+    heads = ["rank", "defense", "threat", "n", "clean", *([CERTIFIED if wide else "proved"] if proved else [])]
+    heads += [ROBUST, "worst attack", "unknown"]
     heads += ["forwards", "backwards", "seconds"] if wide else []
     title = "Leaderboard: what survives every attack, %"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
