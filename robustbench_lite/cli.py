@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from robustbench_lite import __version__, registry
+from robustbench_lite import __version__, options, registry
+from robustbench_lite.options import HOW, RESULTS, TALK, WHAT
 
 if TYPE_CHECKING:
+    import pandas as pd
     from rich.console import Console
 
-    from robustbench_lite.evaluation import Target
     from robustbench_lite.matrix import Results
 
 UNKNOWN, USAGE, BELOW, STOPPED = 1, 2, 3, 130  # exit codes
@@ -29,17 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
-WHAT, MODEL, HOW, RESULTS, TALK = "What to run", "Whose model", "How", "Results", "Talk"
-
-DATASET = typer.Option("--dataset", help="A name from `robust-bench datasets`, or npz:FILE.", rich_help_panel=WHAT)
-DATA_DIR = typer.Option(
-    "--data-dir", envvar="ROBUST_BENCH_DATA", help="Data sets in torchvision's layout.", rich_help_panel=HOW
-)
-DEVICE = typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)
 NAME = typer.Argument(help="Say all about this one, with its paper.")
-PLUGIN = typer.Option(
-    "--plugin", help="A Python file that registers plugins of yours; may repeat.", rich_help_panel=WHAT
-)
 
 
 @app.callback(invoke_without_command=True)
@@ -51,60 +44,34 @@ def run(
             "--attack", help="Attacks, as pgd:steps=100,restarts=5; a list, or repeat it; or all.", rich_help_panel=WHAT
         ),
     ] = None,
-    defense: Annotated[
+    defense: options.Defenses = None,
+    certify: Annotated[
         list[str] | None,
-        typer.Option("--defense", help="Defenses, as madry:eps=0.3; chain them with +; or all.", rich_help_panel=WHAT),
+        typer.Option("--certify", help="Certifiers, whose proofs stand beside what survives.", rich_help_panel=WHAT),
     ] = None,
-    dataset: Annotated[str, DATASET] = "mnist",
-    threat: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--threat", help="Threat models, as linf:8/255,l2:0.5. Default: customary ones.", rich_help_panel=WHAT
-        ),
-    ] = None,
-    norm: Annotated[
-        str | None, typer.Option(help="Short for one threat model: its norm.", rich_help_panel=WHAT)
-    ] = None,
-    eps: Annotated[str | None, typer.Option(help="... and its eps, 0.3 or 8/255.", rich_help_panel=WHAT)] = None,
-    n: Annotated[
-        str | None,
-        typer.Option(
-            "--n", help="How many test images, from the first on; or all. Default: at most 1000.", rich_help_panel=WHAT
-        ),
-    ] = None,
+    dataset: options.Dataset = "mnist",
+    threat: options.Threats = None,
+    norm: options.OneNorm = None,
+    eps: options.Eps = None,
+    n: options.Count = None,
     target: Annotated[
         str | None,
         typer.Option(help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT),
     ] = None,
-    plugin: Annotated[list[Path] | None, PLUGIN] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="An architecture, or your classifier: FILE.py:factory, package.module:factory.", rich_help_panel=MODEL
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Fills the model: safetensors, or a torch state dict.", rich_help_panel=MODEL)
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="Subtracted inside the model, one a channel.", rich_help_panel=MODEL)
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="Divided by inside the model.", rich_help_panel=MODEL)] = None,
-    bounds: Annotated[str, typer.Option(help="The pixel range your model expects.", rich_help_panel=MODEL)] = "0:1",
-    probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Your model returns probabilities.", rich_help_panel=MODEL)
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of all randomness in the attacks.", rich_help_panel=HOW)] = 0,
-    device: Annotated[str, DEVICE] = "auto",
+    plugin: options.Plugins = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0:1",
+    probabilities: options.Probabilities = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
-    data_dir: Annotated[Path | None, DATA_DIR] = None,
-    out: Annotated[
-        Path, typer.Option(help="Results folder; what it has is not computed again.", rich_help_panel=RESULTS)
-    ] = Path("runs"),
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Compute again what is there.", rich_help_panel=RESULTS)
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(help="Write the leaderboard.", rich_help_panel=RESULTS)] = None,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs"),
+    fresh: options.Fresh = False,
+    csv: options.Csv = None,
     matrix: Annotated[
         Path | None, typer.Option(help="Write the matrix, attack by defense.", rich_help_panel=RESULTS)
     ] = None,
@@ -122,13 +89,9 @@ def run(
         float | None,
         typer.Option(help="Exit with 3 if a robust accuracy (a fraction) is below this.", rich_help_panel=RESULTS),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the leaderboard as JSON.", rich_help_panel=TALK)
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tables only.", rich_help_panel=TALK)] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="A line for each piece of work.", rich_help_panel=TALK)
-    ] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", rich_help_panel=TALK)] = False,
 ) -> None:
     if version:
@@ -141,61 +104,46 @@ def run(
     if not sys.argv[1:]:
         print(context.get_help())
         raise typer.Exit
-    errors = _errors()
-    threats = _threats(threat, norm, eps)
-    count = None if n is None or n == "all" else _whole("--n", n)
-    size = None if batch == "auto" else _whole("--batch", batch)
-    towards = _target(target)
-    inputs = _numbers("--mean", mean), _numbers("--std", std), _bounds(bounds), probabilities
+    threats = options.threats(threat, norm, eps)
+    size = None if batch == "auto" else options.whole("--batch", batch)
+    towards = options.target(target)
+    inputs = options.described(mean, std, bounds, probabilities)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
     files = [file for file in (csv, matrix, rows, save_adversarials, save_patch) if file is not None]
-    _writable(*files)
+    options.writable(*files)
     if save_patch is not None and save_patch.suffix.lower() != ".png":
         raise ValueError(f"--save-patch writes a PNG file; {save_patch.name} does not end in .png")
-    attacks = _specs(attack) or ["pgd"]
-    defenses = _specs(defense)
+    attacks, certifiers = options.specs(attack) or ["pgd"], options.specs(certify)
+    defenses, errors = options.specs(defense), _errors()
     if not quiet and not as_json:
-        subject = ", ".join(defenses) or model or weights or "the customary defense"
-        errors.print(f"robust-bench {__version__}: {', '.join(attacks)} on {subject}, {dataset}", soft_wrap=True)
-    _known(attacks, defenses)
-    if save_patch is not None and not any(spec == "all" or _learns(spec) for spec in attacks):
+        _announce(errors, ", ".join(attacks), defenses, model, weights, dataset)
+    options.known(attacks, certifiers, defenses)
+    if save_patch is not None and not any(spec == "all" or options.learns(spec) for spec in attacks):
         raise ValueError("--save-patch needs an attack that learns a patch: --attack patch --threat patch:0.1")
-
-    from robustbench_lite.display import Display
-    from robustbench_lite.matrix import benchmark
-    from robustbench_lite.trained import Inputs
-
-    with Display(errors, quiet or as_json, verbose) as display:
-        try:
-            results = benchmark(
-                attacks,
-                defenses or None,
-                dataset,
-                threats,
-                n=_first(dataset, data_dir) if n is None else count,
-                seed=seed,
-                model=model,
-                weights=weights,
-                inputs=Inputs(*inputs),
-                target=towards,
-                device=device,
-                batch=size,
-                data_dir=data_dir,
-                out=out,
-                fresh=fresh,
-                keep_all=save_adversarials is not None,
-                watcher=display,
-            )
-        except KeyboardInterrupt:
-            display.bars.stop()
-            errors.print(
-                f"stopped; what is finished ({display.finished} inputs) is kept in {out}: run the same again to go on",
-                soft_wrap=True,
-            )
-            raise typer.Exit(STOPPED) from None
-
-    _write(results, csv, matrix, rows)
+    results = _benchmark(
+        errors,
+        quiet or as_json,
+        verbose,
+        n,
+        inputs,
+        attacks=attacks,
+        defenses=defenses or None,
+        certifiers=certifiers,
+        dataset=dataset,
+        threats=threats,
+        seed=seed,
+        model=model,
+        weights=weights,
+        target=towards,
+        device=device,
+        batch=size,
+        data_dir=data_dir,
+        out=out,
+        fresh=fresh,
+        keep_all=save_adversarials is not None,
+    )
+    _write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
     if save_patch is not None:
@@ -206,35 +154,150 @@ def run(
     raise typer.Exit(_verdict(results, fail_below, errors))
 
 
+@app.command()
+def certify(
+    method: Annotated[
+        list[str],
+        typer.Option("--method", help="Certifiers; a list, or repeat it; or all.", rich_help_panel=WHAT),
+    ],
+    defense: options.Defenses = None,
+    dataset: options.Dataset = "mnist",
+    threat: options.Threats = None,
+    norm: options.OneNorm = None,
+    eps: options.Eps = None,
+    n: options.Count = None,
+    radius: Annotated[
+        bool,
+        typer.Option("--radius", help="Search each input's largest certified radius, up to eps.", rich_help_panel=WHAT),
+    ] = False,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0:1",
+    probabilities: options.Probabilities = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs"),
+    fresh: options.Fresh = False,
+    csv: options.Csv = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Write a line an input and certifier.", rich_help_panel=RESULTS)
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Prove that no input of a threat model changes a model's answer."""
+    threats = options.threats(threat, norm, eps)
+    inputs = options.described(mean, std, bounds, probabilities)
+    files = [file for file in (csv, rows) if file is not None]
+    options.writable(*files)
+    certifiers, defenses, errors = options.specs(method), options.specs(defense), _errors()
+    if not quiet and not as_json:
+        _announce(errors, f"certifying by {', '.join(certifiers)}", defenses, model, weights, dataset)
+    options.known([], certifiers, defenses)
+    results = _benchmark(
+        errors,
+        quiet or as_json,
+        verbose,
+        n,
+        inputs,
+        attacks=[],
+        defenses=defenses or None,
+        certifiers=certifiers,
+        radius=radius,
+        dataset=dataset,
+        threats=threats,
+        seed=seed,
+        model=model,
+        weights=weights,
+        device=device,
+        data_dir=data_dir,
+        out=out,
+        fresh=fresh,
+    )
+    _write({csv: results.certificates, rows: results.certified_rows})
+    _show(results, as_json)
+    if not as_json:
+        _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
+
+    from robustbench_lite.matrix import load
+
+    against = replace(results, entries=load(out).entries)
+    raise typer.Exit(_violated(against, errors) or _verdict(results, None, errors))
+
+
+def _announce(
+    errors: Console, what: str, defenses: list[str], model: str | None, weights: Path | None, dataset: str
+) -> None:
+    subject = ", ".join(defenses) or model or weights or "the customary defense"
+    errors.print(f"robust-bench {__version__}: {what} on {subject}, {dataset}", soft_wrap=True)
+
+
+def _benchmark(
+    errors: Console, quiet: bool, verbose: bool, n: str | None, inputs: options.Described, **settings: Any
+) -> Results:
+    """The benchmark, with its progress on the screen and an interrupt explained."""
+    count = None if n is None else options.count(n)
+
+    from robustbench_lite.display import Display
+    from robustbench_lite.matrix import benchmark
+    from robustbench_lite.trained import Inputs
+
+    if n is None:
+        count = options.first(settings["dataset"], settings["data_dir"])
+    with Display(errors, quiet, verbose) as display:
+        try:
+            return benchmark(n=count, inputs=Inputs(*inputs), watcher=display, **settings)
+        except KeyboardInterrupt:
+            display.bars.stop()
+            errors.print(
+                f"stopped; what is finished ({display.finished} inputs) is kept in {settings['out']}: "
+                "run the same again to go on",
+                soft_wrap=True,
+            )
+            raise typer.Exit(STOPPED) from None
+
+
 def _verdict(results: Results, fail_below: float | None, errors: Console) -> int:
     """The exit code, and a line that explains any but 0."""
-    if results.unknown:
-        reasons = results.rows().query("status == 'unknown'")["reason"].value_counts()
-        for reason, count in reasons.items():
-            errors.print(f"unknown: {count} x {reason}", style="red", soft_wrap=True)
+    violated = _violated(results, errors)
+    unknown = results.unknown_reasons()
+    for reason, count in unknown.items():
+        errors.print(f"unknown: {count} x {reason}", style="red", soft_wrap=True)
+    if violated or unknown:
         return UNKNOWN
-    lowest = float(results.leaderboard()["robust_accuracy"].min())
+    lowest = min((float(accuracy) for accuracy in results.leaderboard()["robust_accuracy"]), default=1.0)
     if fail_below is not None and lowest < fail_below:
         errors.print(f"robust accuracy {lowest:.4f} is below {fail_below:g}", style="red")
         return BELOW
     return 0
 
 
+def _violated(results: Results, errors: Console) -> int:
+    violations = results.violations()
+    for line in violations:
+        errors.print(f"violation: {line}", style="red", soft_wrap=True)
+    return UNKNOWN if violations else 0
+
+
 @app.command()
 def train(
     defense: Annotated[str, typer.Option(help="A recipe, as madry:eps=0.3.")],
     out: Annotated[Path, typer.Option(help="Where the weights go, as safetensors.")],
-    dataset: Annotated[str, DATASET] = "mnist",
+    dataset: options.Dataset = "mnist",
     model: Annotated[str | None, typer.Option(help="An architecture; by default the data set's customary one.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
     half: Annotated[bool, typer.Option("--half", help="Save in half precision, as the shipped weights are.")] = False,
-    device: Annotated[str, DEVICE] = "auto",
-    data_dir: Annotated[Path | None, DATA_DIR] = None,
+    device: options.Device = "auto",
+    data_dir: options.DataDir = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line an epoch.")] = False,
 ) -> None:
     """Train a defense and save its weights; a training that was stopped goes on where it was."""
-    _writable(out)
+    options.writable(out)
     errors = _errors()
     if not quiet:
         errors.print(f"robust-bench {__version__}: training {defense} on {dataset}", soft_wrap=True)
@@ -283,29 +346,36 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="Print the leaderboard as JSON.")] = False,
 ) -> None:
     """The tables of all that a results folder holds."""
-    _writable(*(file for file in (csv, matrix, rows) if file is not None))
+    options.writable(*(file for file in (csv, matrix, rows) if file is not None))
     from robustbench_lite.matrix import load
 
     results = load(folder, lambda text: _errors().print(f"note: {text}", style="yellow", soft_wrap=True))
-    _write(results, csv, matrix, rows)
+    _write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     _show(results, as_json)
+    raise typer.Exit(_violated(results, _errors()))
 
 
-def _write(results: Results, csv: Path | None, matrix: Path | None, rows: Path | None) -> None:
+def _write(tables: Mapping[Path | None, Callable[[], pd.DataFrame]]) -> None:
     from robustbench_lite.matrix import write_csv
 
-    for path, frame in ((csv, results.leaderboard), (matrix, results.matrix), (rows, results.rows)):
+    for path, table in tables.items():
         if path is not None:
-            write_csv(frame(), path)
+            write_csv(table(), path)
 
 
 def _show(results: Results, as_json: bool) -> None:
-    from robustbench_lite.display import show_results
+    """The leaderboard where something was attacked, and the certificates where something was certified."""
+    from robustbench_lite.display import show_certificates, show_results
 
+    attacked = bool(results.entries)
     if as_json:
-        print(results.leaderboard().to_json(orient="records", indent=2, double_precision=15))
-    else:
+        shown = results.leaderboard() if attacked else results.certificates()
+        print(shown.to_json(orient="records", indent=2, double_precision=15))
+        return
+    if attacked:
         show_results(_output(), results.matrix(), results.leaderboard())
+    if results.proofs:
+        show_certificates(_output(), results.certificates())
 
 
 def _listing(kind: registry.Kind) -> None:
@@ -345,7 +415,7 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete it all.")]
 
 
 @app.command()
-def doctor(data_dir: Annotated[Path | None, DATA_DIR] = None) -> None:
+def doctor(data_dir: options.DataDir = None) -> None:
     """Print versions, devices and folders, and say what is missing."""
     from robustbench_lite import listings
 
@@ -367,89 +437,6 @@ def main() -> int:
         return STOPPED
     print(f"robust-bench: error: {' '.join(message.split())}", file=sys.stderr)
     return USAGE
-
-
-def _specs(given: list[str] | None) -> list[str]:
-    return [spec for text in given or () for spec in registry.split_list(text)]
-
-
-def _threats(threat: list[str] | None, norm: str | None, eps: str | None) -> list[str] | None:
-    short = (norm, eps) != (None, None)
-    if threat and short:
-        raise ValueError("--threat names whole threat models; leave out --norm and --eps")
-    if short:
-        return [str(norm) if eps is None else f"{norm or 'linf'}:{eps}"]
-    return [part.strip() for text in threat for part in text.split(",")] if threat else None
-
-
-def _known(attacks: list[str], defenses: list[str]) -> None:
-    """Answers for names and settings, before any data set is read or downloaded."""
-    for spec in attacks:
-        if spec != "all":
-            registry.make("attack", spec)
-    for chain in defenses:
-        for link in registry.split_chain(chain):
-            if link not in ("all", "none"):
-                registry.make("defense", link)
-
-
-def _learns(spec: str) -> bool:
-    return hasattr(registry.make("attack", spec), "fit")
-
-
-def _writable(*files: Path) -> None:
-    """Sees that there is a place for each file, before the work that fills it."""
-    for file in files:
-        if not file.resolve().parent.is_dir():
-            raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder; name a file to write")
-
-
-def _first(dataset: str, data_dir: Path | None) -> int:
-    """How many images are attacked where the person does not say: 1,000, or all of a smaller data set."""
-    from robustbench_lite import data
-
-    source = data.SOURCES.get(dataset)
-    return min(1000, source.test if source else len(data.load(dataset, "test", data_dir)))
-
-
-def _whole(option: str, text: str) -> int:
-    try:
-        number = int(text)
-    except ValueError:
-        other = "all" if option == "--n" else "auto"
-        raise ValueError(f"{option} wants a whole number or {other}, not {text!r}") from None
-    if number < 1:
-        raise ValueError(f"{option} must be 1 or more, not {text}")
-    return number
-
-
-def _target(text: str | None) -> Target | None:
-    if text in (None, "next", "random", "least-likely"):
-        return cast("Target | None", text)
-    try:
-        return int(str(text))
-    except ValueError:
-        raise ValueError(f"--target wants a class's number, next, random or least-likely, not {text!r}") from None
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise ValueError(f"{option} wants numbers with commas between, not {text!r}") from None
-
-
-def _bounds(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(":")
-    try:
-        bounds = float(low), float(high)
-    except ValueError:
-        raise ValueError(f"--bounds wants LOW:HIGH, as 0:255, not {text!r}") from None
-    if not bounds[0] < bounds[1]:
-        raise ValueError(f"--bounds wants LOW below HIGH, not {text}")
-    return bounds
 
 
 def _output() -> Console:

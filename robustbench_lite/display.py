@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-ROBUST = "robust [95 %]"
-WHOLE = {ROBUST, "threat", "data set", "attack", "defense"}  # columns whose cells are not broken over lines
+ROBUST, CERTIFIED = "robust [95 %]", "certified [95 %]"
+WHOLE = {ROBUST, CERTIFIED, "threat", "data set", "attack", "defense"}  # columns whose cells are not broken over lines
 WIDE = 120  # characters, from which on a line has room for the leaderboard's costs
 
 
@@ -74,14 +74,14 @@ class Display(Watcher):
             self.bars.console.print(Text(f"training {defense}: {state}"), soft_wrap=True)
 
     def planned(self, inputs: int) -> None:
-        self.cells = self.bars.add_task("attacking", total=inputs, state="")
+        self.cells = self.bars.add_task("working", total=inputs, state="")
 
-    def advanced(self, defense: str, attack: str, threat: ThreatModel, inputs: int) -> None:
+    def advanced(self, defense: str, plugin: str, threat: ThreatModel, inputs: int) -> None:
         assert self.cells is not None
         self.finished += inputs
-        self.bars.update(self.cells, description=f"{attack} on {defense}, {threat}", advance=inputs)
+        self.bars.update(self.cells, description=f"{plugin} on {defense}, {threat}", advance=inputs)
         if self.verbose and inputs:
-            self.bars.console.print(Text(f"{attack} on {defense}, {threat}: {inputs} inputs"), soft_wrap=True)
+            self.bars.console.print(Text(f"{plugin} on {defense}, {threat}: {inputs} inputs"), soft_wrap=True)
 
 
 def percent(fraction: float) -> str:
@@ -108,6 +108,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         title = f"Robust accuracy, % [95 % interval]: {dataset}, {norm} eps {eps:g}"
         console.print(table(title, ["defense", *ran], lines))
+    wide, proved = console.width >= WIDE, bool(board["certified_accuracy"].notna().any())
     lines = [
         [
             str(row["rank"]),
@@ -115,6 +116,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
             f"{row['norm']} {row['eps']:g}",
             str(row["examples"]),
             percent(row["clean_accuracy"]),
+            *([_cell(row["certified_accuracy"], row["examples"] if wide else None)] if proved else []),
             interval(row["robust_accuracy"], row["examples"]),
             row["worst_attack"],
             str(row["unknown"]),
@@ -124,14 +126,42 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ]
         for _, row in board.iterrows()
     ]
-    heads = ["rank", "defense", "threat", "n", "clean", ROBUST, "worst attack", "unknown"]
-    heads += ["forwards", "backwards", "seconds"] if console.width >= WIDE else []
+    heads = ["rank", "defense", "threat", "n", "clean", *([CERTIFIED if wide else "proved"] if proved else [])]
+    heads += [ROBUST, "worst attack", "unknown"]
+    heads += ["forwards", "backwards", "seconds"] if wide else []
     title = "Leaderboard: what survives every attack, %"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 
 
-def _cell(fraction: float, examples: int) -> str:
-    return "" if fraction != fraction else interval(fraction, examples)
+def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
+    """A line a defense and certifier; on a narrow screen without counts, radius and seconds."""
+    lines = [
+        [
+            row["defense"],
+            row["certifier"],
+            f"{row['norm']} {row['eps']:g}",
+            str(row["examples"]),
+            percent(row["clean_accuracy"]),
+            interval(row["certified_accuracy"], row["examples"]),
+            "" if row["mean_margin"] != row["mean_margin"] else f"{row['mean_margin']:.2f}",
+            *(str(row[status]) for status in ("verified", "falsified", "unknown", "unsupported")),
+            f"{row['mean_radius']:.4f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for _, row in certificates.iterrows()
+    ]
+    heads = ["defense", "method", "threat", "n", "clean", CERTIFIED, "margin"]
+    if console.width >= WIDE:
+        heads += ["verified", "falsified", "unknown", "unsupported", "radius", "seconds"]
+    title = "Certificates: what is proved, %; means of margin and radius"
+    console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+
+
+def _cell(fraction: float, examples: int | None) -> str:
+    """Empty where there is none; with its interval where ``examples`` are given."""
+    if fraction != fraction:
+        return ""
+    return percent(fraction) if examples is None else interval(fraction, examples)
 
 
 def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:

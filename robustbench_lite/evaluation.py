@@ -16,7 +16,7 @@ from robustbench_lite.defended import Defended, ask, device_of, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
-from robustbench_lite.plugins import Attack, Learner, learns
+from robustbench_lite.plugins import Attack, Certifier, Learner, learns
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line
@@ -49,7 +49,7 @@ def evaluate(
     """
     attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
-    require_norm(attack, threat)
+    require_norm("attack", attack, threat)
     if learns(attack) and attack.learned is None:
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
@@ -79,7 +79,7 @@ def fit_attack(
     """
     attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
-    require_norm(attack, threat)
+    require_norm("attack", attack, threat)
     if not learns(attack):
         raise ValueError(f"attack {attack.name} learns nothing; evaluate it as it is")
     defended = model if isinstance(model, Defended) else Defended(model)
@@ -87,10 +87,10 @@ def fit_attack(
         return Bench(defended, threat, check(defended, x, y, threat), seed, target, batch).fit(attack, x, y)
 
 
-def require_norm(attack: Attack, threat: ThreatModel) -> None:
-    if threat.norm.name not in attack.norms:
-        known = ", ".join(sorted(attack.norms))
-        raise ValueError(f"attack {attack.name} does not run under {threat.norm.name}; it knows {known}")
+def require_norm(kind: registry.Kind, plugin: Attack | Certifier, threat: ThreatModel) -> None:
+    if threat.norm.name not in plugin.norms:
+        known = ", ".join(sorted(plugin.norms))
+        raise ValueError(f"{kind} {plugin.name} does not run under {threat.norm.name}; it knows {known}")
 
 
 @contextmanager
@@ -144,6 +144,20 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     return logits.shape[1]
 
 
+def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
+    """The logits of clean inputs.
+
+    Raises:
+        ValueError: where they are not finite.
+    """
+    with torch.no_grad():
+        logits = ask(model, x, batch)
+    if not logits.isfinite().all():
+        row = int(rows[(~logits.isfinite().all(1)).nonzero()[0, 0].cpu()])
+        raise ValueError(f"the model returns NaN or infinite logits for input {row}")
+    return logits
+
+
 @dataclass(frozen=True)
 class Bench:
     """A defended model set up to be attacked, piece by piece."""
@@ -194,11 +208,7 @@ class Bench:
         began, count = time.perf_counter(), len(x)
         device = device_of(self.model)
         x, y = x.to(device), y.to(device)
-        with torch.no_grad():
-            logits = ask(self.model, x, self.batch)
-        if not logits.isfinite().all():
-            row = int(rows[(~logits.isfinite().all(1)).nonzero()[0, 0].cpu()])
-            raise ValueError(f"the model returns NaN or infinite logits for input {row}")
+        logits = predict(self.model, x, rows, self.batch)
         goal, right = self._goal(logits, y, rows), logits.argmax(1) == y
         skipped = right & (goal.labels == y) if goal.targeted else torch.zeros_like(right)
         attacked = right & ~skipped

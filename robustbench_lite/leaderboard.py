@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from robustbench_lite import __version__
-from robustbench_lite.outcome import HELD, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import (
+    BROKEN,
+    FALSIFIED,
+    HELD,
+    SKIPPED,
+    UNKNOWN,
+    UNSUPPORTED,
+    VERIFIED,
+    WRONG,
+    Certified,
+    Outcome,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,11 +37,15 @@ LEADERBOARD = (
     "eps",
     "examples",
     "clean_accuracy",
+    "certified_accuracy",
+    "certified_low",
+    "certified_high",
     "robust_accuracy",
     "robust_low",
     "robust_high",
     "worst_attack",
     "attacks",
+    "certifiers",
     "unknown",
     "forwards",
     "backwards",
@@ -40,9 +55,34 @@ LEADERBOARD = (
 )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The outcome of one attack against one defended model under one threat model, and what they were."""
+CERTIFICATES = (
+    "dataset",
+    "defense",
+    "model",
+    "parameters",
+    "norm",
+    "eps",
+    "certifier",
+    "examples",
+    "clean_accuracy",
+    "certified_accuracy",
+    "certified_low",
+    "certified_high",
+    "mean_margin",
+    "mean_radius",
+    "verified",
+    "falsified",
+    "unknown",
+    "unsupported",
+    "seconds",
+    "seed",
+    "version",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A defended model under one threat model, for one attack or certifier."""
 
     dataset: str
     defense: str
@@ -50,11 +90,15 @@ class Entry:
     parameters: int
     norm: str
     eps: float
-    attack: str
     seed: int
-    outcome: Outcome
     subject: str = ""  # tells apart models, and data, that go by one name
-    learned: NDArray[np.float32] | None = None  # by the attack from training data: a patch (C, h, w)
+
+    kind: ClassVar[str]
+
+    @property
+    def plugin(self) -> str:
+        """The spec of the attack or certifier."""
+        return str(getattr(self, self.kind))
 
     @property
     def block(self) -> tuple[str, str, float, int]:
@@ -65,6 +109,32 @@ class Entry:
     def row(self) -> tuple[Any, ...]:
         """What one leaderboard row is about."""
         return *self.block, self.defense, self.model, self.parameters, self.subject
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Where a certificate holds for every attack, whatever the eps and the seed of each."""
+        return self.dataset, self.norm, self.defense, self.model, self.parameters, self.subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry(Setting):
+    """The outcome of an attack."""
+
+    attack: str
+    outcome: Outcome
+    learned: NDArray[np.float32] | None = None  # by the attack from training data: a patch (C, h, w)
+
+    kind = "attack"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof(Setting):
+    """What a certifier proved."""
+
+    certifier: str
+    certified: Certified
+
+    kind = "certifier"
 
 
 def wilson(successes: int, trials: int) -> tuple[float, float]:
@@ -103,10 +173,31 @@ def _groups(entries: Iterable[Entry]) -> list[list[Entry]]:
     return cut
 
 
-def leaderboard(entries: Iterable[Entry]) -> pd.DataFrame:
+def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> dict[str, Any]:
+    """The certified columns of a leaderboard row: what any certifier verified that was asked about all its inputs and
+    covers the model."""
+    asked = [
+        replace(proof, certified=proof.certified.select(rows))
+        for proof in proofs
+        if proof.row == row and np.isin(rows, proof.certified.row).all()
+    ]
+    asked = [proof for proof in asked if not {*proof.certified.status.tolist()} <= {WRONG, UNSUPPORTED}]
+    accuracy = low = high = np.nan
+    if asked:
+        verified = np.array([proof.certified.status == VERIFIED for proof in asked]).any(0)
+        accuracy, (low, high) = float(verified.mean()), wilson(int(verified.sum()), len(rows))
+    return {
+        "certified_accuracy": accuracy,
+        "certified_low": low,
+        "certified_high": high,
+        "certifiers": "; ".join(proof.certifier for proof in asked),
+    }
+
+
+def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:
     """A row a (data set, threat model, defense), best first; the columns are those of ``LEADERBOARD``.
 
-    Accuracies are fractions of the examples; ``robust_low`` and ``robust_high`` are their 95 % Wilson interval;
+    Accuracies are fractions of the examples; ``_low`` and ``_high`` are their 95 % Wilson interval;
     ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs.
     """
     import pandas as pd
@@ -128,6 +219,7 @@ def leaderboard(entries: Iterable[Entry]) -> pd.DataFrame:
                 "eps": first.eps,
                 "examples": count,
                 "clean_accuracy": float((outcomes[0].status != WRONG).mean()),
+                **_bound(first.row, outcomes[0].row, proofs),
                 "robust_accuracy": float(held.mean()),
                 "robust_low": low,
                 "robust_high": high,
@@ -160,15 +252,75 @@ def matrix(entries: Iterable[Entry]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def rows(entries: Iterable[Entry]) -> pd.DataFrame:
-    """A line an input and attack."""
+def rows(entries: Iterable[Entry] | Iterable[Proof]) -> pd.DataFrame:
+    """A line an input and attack, or an input and certifier."""
     import pandas as pd
 
     frames = []
     for entry in entries:
-        frame = entry.outcome.to_frame()
-        about = {name: getattr(entry, name) for name in ("dataset", "defense", "norm", "eps", "attack", "seed")}
+        frame = (entry.outcome if isinstance(entry, Entry) else entry.certified).to_frame()
+        about = {name: getattr(entry, name) for name in ("dataset", "defense", "norm", "eps", entry.kind, "seed")}
         for place, (name, value) in enumerate(about.items()):
             frame.insert(place, name, value)
         frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def certificates(proofs: Iterable[Proof]) -> pd.DataFrame:
+    """A row a certificate; the columns are those of ``CERTIFICATES``.
+
+    ``mean_margin`` is over the inputs that have a bound, ``mean_radius`` over all; statuses are counts.
+    """
+    import pandas as pd
+
+    table = []
+    for proof in proofs:
+        found, count = proof.certified, len(proof.certified)
+        counts = {status: int((found.status == status).sum()) for status in (VERIFIED, FALSIFIED, UNKNOWN, UNSUPPORTED)}
+        low, high = wilson(counts[VERIFIED], count)
+        bounded = found.margin[~np.isnan(found.margin)]
+        table.append(
+            {
+                **{name: getattr(proof, name) for name in CERTIFICATES[:7]},
+                "examples": count,
+                "clean_accuracy": float((found.status != WRONG).mean()),
+                "certified_accuracy": counts[VERIFIED] / count,
+                "certified_low": low,
+                "certified_high": high,
+                "mean_margin": float(bounded.mean()) if len(bounded) else np.nan,
+                "mean_radius": float(found.radius.mean()),
+                **counts,
+                "seconds": round(float(found.seconds.sum()), 3),
+                "seed": proof.seed,
+                "version": __version__,
+            }
+        )
+    return pd.DataFrame(table, columns=list(CERTIFICATES))
+
+
+def violations(entries: Iterable[Entry], proofs: Sequence[Proof]) -> list[str]:
+    """A line for each input for which an adversarial was found inside a ball that is certified: a bug, in the attack,
+    the certificate or the model."""
+    everything: list[Entry | Proof] = [*entries, *proofs]
+    return [
+        f"input {row} of {proof.dataset}, {proof.defense}: {proof.certifier} certifies {proof.norm}:{radius:g} "
+        f"(seed {proof.seed}), but {found.plugin} (seed {found.seed}) found an adversarial at {size:g}"
+        for proof in proofs
+        for found in everything
+        if found.place == proof.place
+        for row, size, radius in _inside(found, proof.certified)
+    ]
+
+
+def _inside(found: Entry | Proof, certified: Certified) -> list[tuple[int, float, float]]:
+    """Row, size and certified radius of what was found inside."""
+    if isinstance(found, Entry):
+        there = found.outcome.status == BROKEN
+        row = found.outcome.row[there]
+        size = np.minimum(found.outcome.distance[there], found.eps)  # in eps's unit; a patch's distance is a side
+    else:
+        row, size = found.certified.imaged, np.full(len(found.certified.imaged), found.eps)
+    _, one, other = np.intersect1d(row, certified.row, return_indices=True)
+    radius = certified.radius[other]
+    inside = size[one] <= radius
+    return list(zip(row[one][inside].tolist(), size[one][inside].tolist(), radius[inside].tolist()))

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, leaderboard, registry
+from robustbench_lite.certifying import Court, searches
 from robustbench_lite.evaluation import Bench, Target, check, frozen
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import CHUNK, Outcome
-from robustbench_lite.plugins import Attack, Learner, learns
+from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
+from robustbench_lite.plugins import Attack, Certifier, Learner, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.trained import AS_IS, NONE, Inputs, Subject, Workshop
@@ -28,6 +30,9 @@ from robustbench_lite.training import Progress
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
+
+Found = TypeVar("Found", bound=Rows)
+Tested = TypeVar("Tested", Attack, Certifier)
 
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
 
@@ -42,9 +47,9 @@ class Watcher:
         """A recipe has made a step."""
 
     def planned(self, inputs: int) -> None:
-        """How many inputs, over all cells, are still to be attacked or read."""
+        """How many inputs, over all cells, are still to be attacked, certified or read."""
 
-    def advanced(self, defense: str, attack: str, threat: ThreatModel, inputs: int) -> None:
+    def advanced(self, defense: str, plugin: str, threat: ThreatModel, inputs: int) -> None:
         """That many more inputs are done."""
 
 
@@ -53,13 +58,14 @@ SILENT = Watcher()
 
 @dataclass(frozen=True)
 class Results:
-    """What a benchmark found, as tables; every figure is derived from :meth:`rows`."""
+    """What a benchmark found, as tables; every figure is derived from :meth:`rows` and :meth:`certified_rows`."""
 
     entries: tuple[leaderboard.Entry, ...]
+    proofs: tuple[leaderboard.Proof, ...] = ()
 
     def leaderboard(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.leaderboard`."""
-        return leaderboard.leaderboard(self.entries)
+        return leaderboard.leaderboard(self.entries, self.proofs)
 
     def matrix(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.matrix`."""
@@ -69,6 +75,18 @@ class Results:
         """See :func:`robustbench_lite.leaderboard.rows`."""
         return leaderboard.rows(self.entries)
 
+    def certificates(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.leaderboard.certificates`."""
+        return leaderboard.certificates(self.proofs)
+
+    def certified_rows(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.leaderboard.rows`."""
+        return leaderboard.rows(self.proofs)
+
+    def violations(self) -> list[str]:
+        """See :func:`robustbench_lite.leaderboard.violations`."""
+        return leaderboard.violations(self.entries, self.proofs)
+
     def to_csv(self, path: str | Path) -> None:
         """Writes the leaderboard."""
         write_csv(self.leaderboard(), Path(path))
@@ -77,6 +95,18 @@ class Results:
     def unknown(self) -> int:
         """How many inputs, over all leaderboard rows, are of unknown status."""
         return int(self.leaderboard()["unknown"].sum())
+
+    def unknown_reasons(self) -> dict[str, int]:
+        """Why inputs are of unknown status: how many attacks on them ended so, where the leaderboard counts any, and
+        how many certificates did that failed or were refused."""
+        counts: Counter[str] = Counter()
+        if self.unknown:
+            for entry in self.entries:
+                counts.update(entry.outcome.reason[entry.outcome.status == UNKNOWN].tolist())
+        for proof in self.proofs:
+            counts.update(proof.certified.reason[proof.certified.status == UNKNOWN].tolist())
+        del counts[""]
+        return dict(counts.most_common())
 
     def save_patch(self, path: str | Path) -> str:
         """Writes the first patch that an attack has learned as PNG, a pixel a pixel; says which it is.
@@ -129,6 +159,8 @@ def benchmark(
     out: str | Path = "runs",
     fresh: bool = False,
     keep_all: bool = False,
+    certifiers: str | Sequence[str | Certifier] = (),
+    radius: bool = False,
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -137,11 +169,12 @@ def benchmark(
     every built-in one; by default ``madry``, or the user's own model, is defended), ``threats`` such as
     ``"linf:8/255"``; by default each attack runs under linf, or else its own first norm, at the data set's customary
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
+    ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
+    each input's largest certified radius up to eps.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
-    attacks = [attacks] if isinstance(attacks, str) else attacks
     defenses = [defenses] if isinstance(defenses, str) else defenses
     images = data.load(dataset, "test", _path(data_dir))
     count = len(images) if n is None else n
@@ -160,22 +193,25 @@ def benchmark(
         note=watcher.note,
         progress=watcher.training,
     )
-    chosen = {(type(attack), registry.spec(attack)): attack for attack in map(_attack, _expand("attack", attacks))}
-    pairs = _pairs(list(chosen.values()), threats, images, watcher.note)
+    pairs = _pairs("attack", cast(list[Attack], _chosen("attack", attacks)), threats, images, watcher.note)
+    under = threats if threats or not pairs else list(dict.fromkeys(threat for _, threat in pairs))
+    proving = _pairs("certifier", cast(list[Certifier], _chosen("certifier", certifiers)), under, images, watcher.note)
+    if not pairs and not proving:
+        raise ValueError("there is no attack to run")
     asked = _expand("defense", defenses or [NONE if workshop.own else "madry"])
     chains = {workshop.spec(workshop.links(chain)): chain for chain in asked}.values()
     store = Store(Path(out), watcher.note)
     store.prepare()
-    watcher.planned(len(chains) * len(pairs) * count)
+    watcher.planned(len(chains) * (len(pairs) + len(proving)) * count)
     training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
     runner = _Runner(images.take(slice(count)), training, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
-    entries = []
+    entries, proofs = [], []
     for chain in chains:
         subject = workshop.subject(chain)
         with frozen(subject.model):
-            for attack, threat in pairs:
-                entries.append(runner.run(subject, attack, threat))
-    return _in_order(entries)
+            entries += [runner.attack(subject, attack, threat) for attack, threat in pairs]
+            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in proving]
+    return _in_order(entries, proofs)
 
 
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:
@@ -185,16 +221,18 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
         ValueError: where there are none.
     """
     store = Store(Path(out), note)
-    stored = [(cell, Outcome.join(chunks)) for cell, chunks in store.cells() if chunks]
+    stored = [(cell, cell.kind.join(cast(Any, chunks))) for cell, chunks in store.cells() if chunks]
     if not stored:
         raise ValueError(f"there are no results in {out}")
-    asked = {(*_place(cell), cell.identity["eps"]) for cell, _ in stored}
+    outcomes = [(cell, found) for cell, found in stored if isinstance(found, Outcome)]
+    proofs = [_proof(cell, found) for cell, found in stored if isinstance(found, Certified)]
+    asked = {(*_place(cell), cell.identity["eps"]) for cell, _ in outcomes}
     entries = []
-    for cell, outcome in stored:
+    for cell, outcome in outcomes:
         own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == _place(cell)} - {None}
         for eps in elsewhere | store.asked(cell) if own is None else [own]:
             entries.append(_entry(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
-    return _in_order(entries)
+    return _in_order(entries, proofs)
 
 
 def find_device(name: str) -> torch.device:
@@ -238,26 +276,17 @@ class _Runner:
     keep_all: bool
     watcher: Watcher
 
-    def run(self, subject: Subject, attack: Attack, threat: ThreatModel) -> leaderboard.Entry:
+    def attack(self, subject: Subject, attack: Attack, threat: ThreatModel) -> leaderboard.Entry:
         cell = self._cell(subject, attack, threat)
         if getattr(attack, "minimises", False):
             self.store.ask(cell, threat.eps)
         learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
-        anew = self.fresh or (learns(attack) and learned is None)
-        stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
-        spans = [(stop - 1) // CHUNK * CHUNK for stop in stops]
-        done: list[Outcome] = []
-        missing: list[tuple[int, int]] = []
-        for span in zip(spans, stops):
-            stored = None if anew else self.store.load(cell, *span, self.keep_all)
-            done += [stored] if stored else []
-            missing += [] if stored else [span]
+        done, missing = self._stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
         self._advance(subject, attack, threat, sum(map(len, done)))
         if missing:
-            classes = check(subject.model, self.images.x, self.images.y, threat)
-            if classes > self.images.classes and self.images.name in data.SOURCES:
-                raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
-            bench = Bench(subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all)
+            bench = Bench(
+                subject.model, threat, self._check(subject, threat), self.seed, self.target, self.batch, self.keep_all
+            )
             if learns(attack):
                 learned = self._learned(cell, bench, attack) if learned is None else learned
                 attack = replace(cast(Any, attack), learned=learned)
@@ -272,6 +301,45 @@ class _Runner:
         entry = _entry(cell, threat, Outcome.join(done))
         return entry if learned is None else replace(entry, learned=learned.float().numpy())
 
+    def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel, radius: bool) -> leaderboard.Proof:
+        """A chunk at a time, since that is what an error of the certifier may cost."""
+        cell = self._cell(subject, certifier, threat, searches(certifier, radius))
+        done, missing = self._stored(Certified, cell, self.fresh)
+        self._advance(subject, certifier, threat, sum(map(len, done)))
+        if missing:
+            self._check(subject, threat)
+            court = Court(subject.model, certifier, threat, self.seed, radius)
+            for span in missing:
+                rows = torch.arange(*span)
+                done.append(court.hear(self.images.x[rows], self.images.y[rows], rows))
+                self.store.save(cell, done[-1])
+                self._advance(subject, certifier, threat, len(rows))
+        proof = _proof(cell, Certified.join(done))
+        for reason in dict.fromkeys(proof.certified.reason[proof.certified.status == UNSUPPORTED].tolist()):
+            self.watcher.note(f"certifier {proof.certifier} does not cover {subject.defense}: {reason}")
+        return proof
+
+    def _stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
+        """The chunks that are there, and the spans of rows that are not."""
+        stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
+        done: list[Found] = []
+        missing: list[tuple[int, int]] = []
+        for stop in stops:
+            span = (stop - 1) // CHUNK * CHUNK, stop
+            stored = None if anew else self.store.load(cell, *span, self.keep_all)
+            if isinstance(stored, kind):
+                done.append(stored)
+            else:
+                missing.append(span)
+        return done, missing
+
+    def _check(self, subject: Subject, threat: ThreatModel) -> int:
+        """How many classes the model knows, which are no more than a data set of ours has."""
+        classes = check(subject.model, self.images.x, self.images.y, threat)
+        if classes > self.images.classes and self.images.name in data.SOURCES:
+            raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
+        return classes
+
     def _learned(self, cell: Cell, bench: Bench, attack: Learner) -> Tensor:
         """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
         training = cast(data.Images, self.training)
@@ -282,30 +350,33 @@ class _Runner:
             self.store.learn(cell, learned)
         return learned.cpu() if kept is None else kept
 
-    def _advance(self, subject: Subject, attack: Attack, threat: ThreatModel, inputs: int) -> None:
-        self.watcher.advanced(subject.defense, registry.spec(attack), threat, inputs)
+    def _advance(self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, inputs: int) -> None:
+        self.watcher.advanced(subject.defense, registry.spec(plugin), threat, inputs)
 
-    def _cell(self, subject: Subject, attack: Attack, threat: ThreatModel) -> Cell:
-        minimises = getattr(attack, "minimises", False)
+    def _cell(
+        self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, search: bool | None = None
+    ) -> Cell:
+        """An attack's cell; a certifier's where ``search`` says whether it searches for radii."""
+        kind = "attack" if search is None else "certifier"
         identity = {
             "data": self.images.fingerprint,
             "model": subject.identity,
-            "attack": {**registry.identity(attack), "origin": registry.origin(type(attack))},
+            kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
             "norm": threat.norm.name,
-            "eps": None if minimises else threat.eps,
+            "eps": None if getattr(plugin, "minimises", False) else threat.eps,
             "range": [threat.lower, threat.upper],
-            "target": self.target,
+            **({"target": self.target} if search is None else {"search": search}),
             "seed": self.seed,
             "precision": "float32",
         }
-        if learns(attack):
+        if search is None and learns(cast(Attack, plugin)):
             identity["training"] = cast(data.Images, self.training).fingerprint
         about = {
             "dataset": self.images.name,
             "defense": subject.defense,
             "model": subject.architecture,
             "parameters": subject.parameters,
-            "attack": registry.spec(attack),
+            kind: registry.spec(plugin),
             "eps": threat.eps,
             "version": __version__,
             "torch": torch.__version__,
@@ -319,17 +390,24 @@ def _entry(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Ent
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
     target = cell.identity["target"]
     return leaderboard.Entry(
-        dataset=about["dataset"],
-        defense=about["defense"],
-        model=about["model"],
-        parameters=about["parameters"],
-        norm=threat.norm.name,
-        eps=threat.eps,
+        **_setting(cell, threat.eps),
         attack=about["attack"] if target is None else f"{about['attack']} to {target}",
-        seed=cell.identity["seed"],
         outcome=outcome if cell.identity["eps"] is not None else outcome.within(limit),
-        subject=" ".join(_place(cell)[:2]),
     )
+
+
+def _proof(cell: Cell, certified: Certified) -> leaderboard.Proof:
+    setting = _setting(cell, cell.identity["eps"])
+    return leaderboard.Proof(**setting, certifier=cell.about["certifier"], certified=certified)
+
+
+def _setting(cell: Cell, eps: float) -> dict[str, Any]:
+    return {
+        **{name: cell.about[name] for name in ("dataset", "defense", "model", "parameters")},
+        **{name: cell.identity[name] for name in ("norm", "seed")},
+        "eps": eps,
+        "subject": " ".join(_place(cell)[:2]),
+    }
 
 
 def _place(cell: Cell) -> tuple[str, str, str, int]:
@@ -338,78 +416,90 @@ def _place(cell: Cell) -> tuple[str, str, str, int]:
     return cell.identity["data"], model, cell.identity["norm"], cell.identity["seed"]
 
 
-def _in_order(entries: Iterable[leaderboard.Entry]) -> Results:
+def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard.Proof]) -> Results:
     """Results whose order does not depend on how they were asked for, or stored."""
 
-    def key(entry: leaderboard.Entry) -> tuple[Any, ...]:
-        dataset, norm, *block = entry.block
-        return dataset, list(NORMS).index(norm), *block, entry.defense, entry.model, entry.subject, entry.attack
+    def key(one: leaderboard.Setting) -> tuple[Any, ...]:
+        dataset, norm, *block = one.block
+        return dataset, list(NORMS).index(norm), *block, one.defense, one.model, one.subject, one.plugin
 
-    return Results(tuple(sorted(entries, key=key)))
+    return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)))
 
 
 def _expand(kind: registry.Kind, items: Sequence[Any]) -> list[Any]:
     """``items`` with ``all`` replaced by the built-in plugins (of defenses: the recipes)."""
-    names = [name for name in registry.builtin(kind) if getattr(registry.find(kind, name), "trains", True)]
-    return [one for item in items for one in (names if item == "all" else [item])]
+    return [one for item in items for one in (_all(kind) if item == "all" else [item])]
 
 
-def _attack(given: str | Attack) -> Attack:
-    attack = registry.make("attack", given) if isinstance(given, str) else given
-    for needed in ("access", "norms", "__call__"):
-        if not hasattr(attack, needed):
-            raise ValueError(f"{given!r} is no attack: it has no {needed}")
-    if isinstance(attack, type) or not is_dataclass(type(attack)):
-        raise ValueError(f"{given!r} is no attack: an object of a frozen dataclass is wanted")
-    if not attack.norms & NORMS.keys():
-        raise ValueError(f"attack {registry.spec(attack)} knows none of the norms {', '.join(NORMS)}")
-    if learns(attack) and attack.learned is not None:
-        raise ValueError(f"attack {registry.spec(attack)} has learned already, but must learn anew for each defense")
+def _all(kind: registry.Kind) -> list[str]:
+    return [name for name in registry.builtin(kind) if getattr(registry.find(kind, name), "trains", True)]
+
+
+def _chosen(kind: registry.Kind, given: str | Sequence[Any]) -> list[Any]:
+    """The attacks or certifiers that are asked for, each once."""
+    plugins = [_plugin(kind, one) for one in _expand(kind, [given] if isinstance(given, str) else given)]
+    return list({(type(plugin), registry.spec(plugin)): plugin for plugin in plugins}.values())
+
+
+def _plugin(kind: registry.Kind, given: Any) -> Any:
+    plugin = registry.make(kind, given) if isinstance(given, str) else given
+    what = f"{given!r} is no {kind}"
+    for needed in ("access", "norms", "__call__") if kind == "attack" else ("norms", "__call__"):
+        if not hasattr(plugin, needed):
+            raise ValueError(f"{what}: it has no {needed}")
+    if isinstance(plugin, type) or not is_dataclass(type(plugin)):
+        raise ValueError(f"{what}: an object of a frozen dataclass is wanted")
+    if not plugin.norms & NORMS.keys():
+        raise ValueError(f"{kind} {registry.spec(plugin)} knows none of the norms {', '.join(NORMS)}")
+    if learns(plugin) and plugin.learned is not None:
+        raise ValueError(f"{kind} {registry.spec(plugin)} has learned already, but must learn anew for each defense")
     try:
-        json.dumps(registry.identity(attack))
+        json.dumps(registry.identity(plugin))
     except TypeError as error:
         raise ValueError(f"{given!r} has a setting that cannot be part of a key: {error}") from error
-    return attack
+    return plugin
 
 
 def _pairs(
-    attacks: Sequence[Attack],
+    kind: registry.Kind,
+    plugins: Sequence[Tested],
     threats: Sequence[str | ThreatModel] | None,
     images: data.Images,
     note: Callable[[str], None],
-) -> list[tuple[Attack, ThreatModel]]:
-    """Which attack runs under which threat model, one threat model after the other."""
-    if not attacks:
-        raise ValueError("there is no attack to run")
+) -> list[tuple[Tested, ThreatModel]]:
+    """Which attack or certifier runs under which threat model, one threat model after the other."""
+    if not plugins:
+        return []
     if threats is None:
         customary = data.SOURCES[images.name].eps if images.name in data.SOURCES else {}
         found = []
-        for attack in attacks:
-            norms = [norm for norm in NORMS if norm in attack.norms]
+        for plugin in plugins:
+            norms = [norm for norm in NORMS if norm in plugin.norms]
             norm = next((norm for norm in norms if norm in customary), norms[0])
-            if len(attacks) == 1 or (norm in customary and not learns(attack)):
-                found.append((attack, _threat(norm, images)))
+            out = f"{kind} {registry.spec(plugin)} is left out"
+            if len(plugins) == 1 or (norm in customary and not hasattr(plugin, "fit")):
+                found.append((plugin, _threat(norm, images)))
             elif norm in customary:
-                note(f"attack {registry.spec(attack)} is left out: it learns from training data; give --threat {norm}")
+                note(f"{out}: it learns from training data; give --threat {norm}")
             else:
-                note(f"attack {registry.spec(attack)} is left out: {images.name} has no customary eps for {norm}")
+                note(f"{out}: {images.name} has no customary eps for {norm}")
         if not found:
-            raise ValueError(f"{images.name} has no customary eps for any of the attacks; give --threat linf:0.1")
+            raise ValueError(f"{images.name} has no customary eps for any of the {kind}s; give --threat linf:0.1")
         return [pair for _, block in groupby(sorted(found, key=_rank), key=_rank) for pair in block]
     pairs = []
     for threat in dict.fromkeys(_threat(threat, images) for threat in threats):
-        for attack in attacks:
-            if threat.norm.name in attack.norms:
-                pairs.append((attack, threat))
+        for plugin in plugins:
+            if threat.norm.name in plugin.norms:
+                pairs.append((plugin, threat))
             else:
-                knows = ", ".join(norm for norm in NORMS if norm in attack.norms)
-                note(f"attack {registry.spec(attack)} is left out under {threat}: it knows {knows}")
+                knows = ", ".join(norm for norm in NORMS if norm in plugin.norms)
+                note(f"{kind} {registry.spec(plugin)} is left out under {threat}: it knows {knows}")
     if not pairs:
-        raise ValueError(f"none of the attacks runs under {', '.join(map(str, threats))}")
+        raise ValueError(f"none of the {kind}s runs under {', '.join(map(str, threats))}")
     return pairs
 
 
-def _rank(pair: tuple[Attack, ThreatModel]) -> int:
+def _rank(pair: tuple[Any, ThreatModel]) -> int:
     return list(NORMS).index(pair[1].norm.name)
 
 

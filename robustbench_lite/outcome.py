@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +13,64 @@ if TYPE_CHECKING:
 CHUNK = 100  # consecutive rows that are attacked, stored and resumed as one
 KEPT = 16  # adversarial images that every chunk keeps
 WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "skipped"
+VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
+
+
+class Rows:
+    """A frozen dataclass of columns with one entry an input, and ``images`` (K, ...) of the inputs ``imaged``: of
+    those, or of the first of those, whose status is ``pictured``."""
+
+    row: NDArray[np.int64]
+    status: NDArray[np.str_]
+    imaged: NDArray[np.int64]
+    images: NDArray[np.float32]
+    pictured: ClassVar[str]
+
+    @classmethod
+    def columns(cls) -> tuple[str, ...]:
+        """The fields with one entry an input."""
+        return tuple(name for name in cls.arrays() if name not in ("imaged", "images"))
+
+    @classmethod
+    def arrays(cls) -> tuple[str, ...]:
+        """All fields."""
+        return tuple(field.name for field in fields(cast(Any, cls)))
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every image is there that could be."""
+        return len(self.imaged) == int((self.status == self.pictured).sum())
+
+    def part(self, start: int, stop: int) -> Self:
+        """The inputs whose row lies in [start, stop), with their images."""
+        return self.select(np.arange(start, stop))
+
+    def select(self, rows: NDArray[np.int64]) -> Self:
+        """The inputs whose row is one of ``rows``, with their images."""
+        here, imaged = np.isin(self.row, rows), np.isin(self.imaged, rows)
+        columns = {name: getattr(self, name)[here] for name in self.columns()}
+        images = {"imaged": self.imaged[imaged], "images": self.images[imaged]}
+        return type(self)(**columns, **images)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """One of several, in order of rows."""
+        parts = sorted(parts, key=lambda part: int(part.row[0]))
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls.arrays()})
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row an input, without the images."""
+        import pandas as pd
+
+        return pd.DataFrame({name: getattr(self, name) for name in self.columns()})
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of each input; every column but the images has one entry an input.
+class Outcome(Rows):
+    """What became of each input under an attack.
 
     ``status`` is ``wrong`` (misclassified when clean, not attacked), ``broken`` (an admissible adversarial that the
     model was asked about again), ``held``, ``unknown`` (``reason`` says why; never robust, never a success) or
@@ -39,8 +92,7 @@ class Outcome:
     imaged: NDArray[np.int64]
     images: NDArray[np.float32]
 
-    def __len__(self) -> int:
-        return len(self.row)
+    pictured = BROKEN
 
     @property
     def fooled(self) -> NDArray[np.bool_]:
@@ -64,28 +116,31 @@ class Outcome:
             images=self.images[near],
         )
 
-    def part(self, start: int, stop: int) -> "Outcome":
-        """The inputs whose row lies in [start, stop), with their images."""
-        return self.select(np.arange(start, stop))
 
-    def select(self, rows: NDArray[np.int64]) -> "Outcome":
-        """The inputs whose row is one of ``rows``, with their images."""
-        here, imaged = np.isin(self.row, rows), np.isin(self.imaged, rows)
-        columns: dict[str, Any] = {name: getattr(self, name)[here] for name in COLUMNS}
-        return Outcome(**columns, imaged=self.imaged[imaged], images=self.images[imaged])
+@dataclass(frozen=True)
+class Certified(Rows):
+    """What is proved of each input.
 
-    @staticmethod
-    def join(parts: Sequence["Outcome"]) -> "Outcome":
-        """One outcome of several, in order of rows."""
-        parts = sorted(parts, key=lambda part: int(part.row[0]))
-        columns: Any = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Outcome)}
-        return Outcome(**columns)
+    ``status`` is ``wrong`` (misclassified when clean, nothing to prove), ``verified`` within eps, ``falsified`` (by a
+    point of the ball that the model was asked about again), ``unknown`` or ``unsupported``; ``reason`` says why.
+    ``certified`` is the label that holds in the whole ball, -1 where none is proved; ``radius``, in eps's unit, how far
+    the input's own label is proved to hold; ``margin`` a lower bound over the ball on its logit minus the best other
+    one, NaN where there is none. ``images`` are counterexamples.
+    """
 
-    def to_frame(self) -> "pd.DataFrame":
-        """A row an input, without the images."""
-        import pandas as pd
+    row: NDArray[np.int64]
+    label: NDArray[np.int64]
+    clean: NDArray[np.int64]
+    certified: NDArray[np.int64]
+    status: NDArray[np.str_]
+    reason: NDArray[np.str_]
+    radius: NDArray[np.float64]
+    margin: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    imaged: NDArray[np.int64]
+    images: NDArray[np.float32]
 
-        return pd.DataFrame({name: getattr(self, name) for name in COLUMNS})
+    pictured = FALSIFIED
 
 
-COLUMNS = tuple(f.name for f in fields(Outcome) if f.name not in ("imaged", "images"))
+COLUMNS = Outcome.columns()

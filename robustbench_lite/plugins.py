@@ -65,9 +65,13 @@ class Defense(Plugin, Protocol):
 
 
 class Certifier(Plugin, Protocol):
-    """Proves that no input of the threat model changes the model's answer."""
+    """Proves that no input of the threat model changes the model's answer.
+
+    One with an ``exact_radius`` answers with the largest radius that it can prove, whatever eps it is asked about.
+    """
 
     norms: ClassVar[frozenset[str]]
+    exact_radius: ClassVar[bool] = False
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         """What is proved of labels ``y`` (B,) around inputs ``x`` (B, ...).

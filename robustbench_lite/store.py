@@ -6,14 +6,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
 
-from robustbench_lite.outcome import COLUMNS, Outcome
+from robustbench_lite.outcome import Certified, Outcome
+
+Chunk = Outcome | Certified
 
 SCHEMA = 1
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
@@ -21,7 +23,8 @@ _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 @dataclass(frozen=True)
 class Cell:
-    """An attack against a defended model: ``identity`` is all that changes the answer for a row, ``about`` the rest."""
+    """An attack against a defended model, or a certifier: ``identity`` is all that changes the answer for a row,
+    ``about`` the rest."""
 
     identity: dict[str, Any]
     about: dict[str, Any]
@@ -31,6 +34,11 @@ class Cell:
         """SHA-256 of the identity; the name of the cell's folder."""
         text = json.dumps({"schema": SCHEMA, **self.identity}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def kind(self) -> type[Outcome] | type[Certified]:
+        """What its chunks hold."""
+        return Certified if "certifier" in self.identity else Outcome
 
 
 class Store:
@@ -53,32 +61,31 @@ class Store:
         except OSError as error:
             raise ValueError(f"cannot write to the results folder {self.folder}: {error.strerror}") from error
 
-    def load(self, cell: Cell, start: int, stop: int, keep_all: bool = False) -> Outcome | None:
-        """The outcome of rows [start, stop), if a sound chunk is there (and, where wanted, holds all adversarials)."""
+    def load(self, cell: Cell, start: int, stop: int, keep_all: bool = False) -> Chunk | None:
+        """What became of rows [start, stop), if a sound chunk is there (and, where wanted, holds all images)."""
         path = self._path(cell, start, stop)
         if not path.exists():
             return None
         try:
-            outcome = _read(path)
+            chunk = _read(path, cell.kind)
         except Exception as error:  # a damaged zip raises anything
             self.warn(f"{path} cannot be used and is computed again ({type(error).__name__}: {error})")
             return None
-        if not np.array_equal(outcome.row, np.arange(start, stop)):
+        if not np.array_equal(chunk.row, np.arange(start, stop)):
             self.warn(f"{path} holds other rows than its name says and is computed again")
             return None
-        complete = len(outcome.imaged) == (outcome.status == "broken").sum()
-        return outcome if complete or not keep_all else None
+        return chunk if chunk.complete or not keep_all else None
 
-    def save(self, cell: Cell, outcome: Outcome) -> None:
+    def save(self, cell: Cell, chunk: Chunk) -> None:
         """Writes a chunk under its final name in one step."""
-        path = self._path(cell, int(outcome.row[0]), int(outcome.row[-1]) + 1)
+        path = self._path(cell, int(chunk.row[0]), int(chunk.row[-1]) + 1)
         with _writing(path):
             about = path.parent / "cell.json"
             if not about.exists():
                 _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
             with part.open("wb") as file:
-                np.savez_compressed(file, schema=SCHEMA, **{f.name: getattr(outcome, f.name) for f in fields(Outcome)})
+                np.savez_compressed(file, schema=SCHEMA, **{name: getattr(chunk, name) for name in chunk.arrays()})
             os.replace(part, path)
 
     def learned(self, cell: Cell) -> Tensor | None:
@@ -118,7 +125,7 @@ class Store:
         """Every eps that a cell whose key has none was asked about."""
         return {float(path.name[4:]) for path in (self.folder / "cells" / cell.key).glob("eps=*")}
 
-    def cells(self) -> Iterator[tuple[Cell, list[Outcome]]]:
+    def cells(self) -> Iterator[tuple[Cell, list[Chunk]]]:
         """Every cell of the folder, with the chunks that it has."""
         for about in sorted(self.folder.glob("cells/*/cell.json")):
             try:
@@ -171,11 +178,11 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
-def _read(path: Path) -> Outcome:
+def _read(path: Path, kind: type[Chunk]) -> Chunk:
     with np.load(path, allow_pickle=False) as file:
         if int(file["schema"]) != SCHEMA:
             raise ValueError(f"schema {int(file['schema'])}, not {SCHEMA}")
-        arrays = {f.name: file[f.name] for f in fields(Outcome)}
-    if any(len(arrays[name]) != len(arrays["row"]) for name in COLUMNS):
+        arrays = {name: file[name] for name in kind.arrays()}
+    if any(len(arrays[name]) != len(arrays["row"]) for name in kind.columns()):
         raise ValueError("columns of unequal length")
-    return Outcome(**arrays)
+    return kind(**arrays)

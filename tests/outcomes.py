@@ -1,12 +1,23 @@
 """Outcomes made up by hand, and how to compare them."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import (
+    BROKEN,
+    FALSIFIED,
+    HELD,
+    SKIPPED,
+    UNKNOWN,
+    UNSUPPORTED,
+    VERIFIED,
+    WRONG,
+    Certified,
+    Outcome,
+    Rows,
+)
 
 LETTERS = {"w": WRONG, "b": BROKEN, "h": HELD, "u": UNKNOWN, "s": SKIPPED}
 
@@ -35,12 +46,38 @@ def made(letters: str, start: int = 0, **columns: Any) -> Outcome:
     return Outcome(**(usual | given))
 
 
-def assert_same(one: Outcome, other: Outcome, but: Sequence[str] = ()) -> None:
-    for field in fields(Outcome):
-        if field.name not in but:
-            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name), err_msg=field.name)
+VERDICTS = {"w": WRONG, "v": VERIFIED, "f": FALSIFIED, "u": UNKNOWN, "n": UNSUPPORTED}
 
 
-def assert_same_types(one: Outcome, other: Outcome) -> None:
-    for name in COLUMNS:
+def proved(letters: str, start: int = 0, **columns: Any) -> Certified:
+    """What is proved, a status a letter; all labels are 0, and what is verified has radius 0.1."""
+    count = len(letters)
+    status = np.array([VERDICTS[letter] for letter in letters])
+    row = np.arange(start, start + count)
+    usual: dict[str, Any] = {
+        "row": row,
+        "label": np.zeros(count, np.int64),
+        "clean": (status == WRONG).astype(np.int64),
+        "certified": np.where(status == VERIFIED, 0, -1),
+        "status": status,
+        "reason": np.where(status == UNSUPPORTED, "layer 3 (Softmax)", ""),
+        "radius": np.where(status == VERIFIED, 0.1, 0.0),
+        "margin": np.where(status == VERIFIED, 1.5, np.nan),
+        "seconds": np.full(count, 0.5),
+        "imaged": row[status == FALSIFIED],
+        "images": np.ones(((status == FALSIFIED).sum(), 1, 2, 2), np.float32),
+    }
+    given = {name: np.asarray(values) for name, values in columns.items()}
+    return Certified(**(usual | given))
+
+
+def assert_same(one: Rows, other: Rows, but: Sequence[str] = ()) -> None:
+    assert type(one) is type(other)
+    for name in one.arrays():
+        if name not in but:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+
+
+def assert_same_types(one: Rows, other: Rows) -> None:
+    for name in one.columns():
         assert getattr(one, name).dtype == getattr(other, name).dtype, name

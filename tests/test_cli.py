@@ -19,7 +19,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from robustbench_lite import cli, data, models, registry
-from robustbench_lite.leaderboard import LEADERBOARD
+from robustbench_lite.leaderboard import CERTIFICATES, LEADERBOARD
 from robustbench_lite.trained import save
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +54,12 @@ class Answers(torch.nn.Module):
         self.answer = answer
     def forward(self, x):
         return self.answer(x)
+
+def flat():
+    model = Means()
+    model.weight = torch.nn.Parameter(model.weight[None])
+    model.forward = lambda x: x.flatten(1) @ model.weight[0].T + model.bias
+    return model
 
 def training(): return Means().train()
 def wide(): return Answers(lambda x: x)
@@ -128,6 +134,31 @@ class Halts:
         raise KeyboardInterrupt
 """
 
+LINEAR = """
+from dataclasses import dataclass
+import torch
+from robustbench_lite import certifier
+from robustbench_lite.certificate import Certificate
+
+@certifier("linear")
+@dataclass(frozen=True)
+class Linear:
+    '''Exact for a linear model; ``lie`` adds to every margin.'''
+    lie: float = 0.0
+    fail: bool = False
+    norms = frozenset({"linf"})
+
+    def __call__(self, model, x, y, threat, noise):
+        if self.fail:
+            raise RuntimeError("no [red]luck[/red]")
+        weight, logits = model.model.weight, model(x)
+        if weight.dim() != 2:
+            raise ValueError("not linear")
+        way = (weight - weight[y].unsqueeze(1)).abs().sum(-1)
+        gap = logits.gather(1, y.unsqueeze(1)) - logits - threat.eps * way + self.lie
+        return Certificate.of_margins(gap.scatter(1, y.unsqueeze(1), torch.inf).amin(1), y, threat.eps)
+"""
+
 OWN = "--dataset digits --model model.py:means --n 40"
 PGD = f"--attack pgd:steps=5 {OWN}"
 
@@ -164,6 +195,7 @@ def place(tmp_path, monkeypatch):
     Path("model.py").write_text(MODEL)
     Path("mine.py").write_text(MINE)
     Path("trouble.py").write_text(TROUBLE)
+    Path("linear.py").write_text(LINEAR)
     yield tmp_path
     for name in list(sys.modules):
         if name.startswith(("_robust_bench_model_", "_robustbench_lite_file_")):
@@ -240,8 +272,8 @@ def test_json_is_the_leaderboard_and_nothing_else(bench):
     assert ran.code == 0
     assert ran.err == ""
     [line] = json.loads(ran.out)
-    written = pd.read_csv("board.csv").iloc[0].to_dict()
-    assert line == {
+    written = pd.read_csv("board.csv").iloc[0].dropna().to_dict()
+    assert {name: value for name, value in line.items() if value not in (None, "")} == {
         name: pytest.approx(value) if isinstance(value, float) else value for name, value in written.items()
     }
     again = bench("leaderboard runs --json")
@@ -598,6 +630,98 @@ def test_clearing_the_cache_deletes_what_is_ours_and_nothing_else(bench, place):
     assert "is empty" in bench("cache").out
 
 
+# Certificates
+
+CERTIFY = "--plugin linear.py certify --method linear"
+SMALL = f"{OWN} --eps 0.02"
+
+
+def test_certify_prints_and_writes_what_is_proved(bench):
+    ran = bench(f"{CERTIFY} --method linear:lie=-0.2 {SMALL} --csv proofs.csv --rows rows.csv")
+    assert ran.code == 0
+    assert ran.errors == ["robust-bench 0.1.0: certifying by linear, linear:lie=-0.2 on model.py:means, digits"]
+    assert "Results are in runs, proofs.csv, rows.csv" in ran.out
+    assert "Leaderboard" not in ran.out
+    table, rows = pd.read_csv("proofs.csv"), pd.read_csv("rows.csv")
+    assert tuple(table.columns) == CERTIFICATES
+    assert table["certifier"].tolist() == ["linear", "linear:lie=-0.2"]
+    assert table["clean_accuracy"].tolist() == [pytest.approx(clean_accuracy(40))] * 2
+    for line in table.itertuples():
+        here = rows[rows["certifier"] == line.certifier]
+        assert line.certified_accuracy == (here["status"] == "verified").mean() == line.verified / 40
+        assert line.mean_margin == pytest.approx(here["margin"].mean())
+        assert line.verified + line.unknown + (here["status"] == "wrong").sum() == 40
+        assert f"{100 * line.certified_accuracy:.1f} [{100 * line.certified_low:.1f}" in ran.out
+    assert 0 < table["verified"][1] < table["verified"][0] < 40
+
+    assert json.loads(bench(f"{CERTIFY} {SMALL} --json").out)[0]["verified"] == table["verified"][0]
+    shown = bench("leaderboard runs")
+    assert "Certificates" in shown.out
+    assert "Leaderboard" not in shown.out
+
+
+def test_certify_searches_radii(bench):
+    bench(f"{CERTIFY} {OWN} --eps 0.2 --radius --rows rows.csv")
+    radius = pd.read_csv("rows.csv").set_index("row")["radius"]
+    bench(f"{CERTIFY} {SMALL} --rows rows.csv")
+    verified = pd.read_csv("rows.csv").set_index("row")["status"] == "verified"
+    assert radius.nunique() > 20
+    assert ((radius > 0.02) == verified).all()
+
+
+def test_certified_stands_beside_robust_in_the_same_row(bench, monkeypatch):
+    ran = bench(f"--plugin linear.py --attack pgd:steps=5 --certify linear {SMALL} --csv board.csv")
+    assert ran.code == 0
+    board = pd.read_csv("board.csv").iloc[0]
+    assert 0 < board["certified_accuracy"] <= board["robust_accuracy"] <= board["clean_accuracy"]
+    assert board["certifiers"] == "linear"
+    head = next(line for line in ran.out.splitlines() if "rank" in line)
+    assert head.index("clean") < head.index("certified [95 %]") < head.index("robust [95 %]")
+    assert "certified [95 %]" not in bench(f"--attack fgsm {SMALL} --out other").out
+    monkeypatch.setenv("COLUMNS", "80")
+    for narrow in (bench("leaderboard runs"), bench(f"{CERTIFY} {SMALL}")):
+        assert narrow.code == 0
+        assert max(map(len, narrow.out.splitlines())) <= 80
+        assert re.search(r" clean +(proved|certified \[95 %\]) ", narrow.out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"--plugin linear.py --attack fgsm --certify linear:lie=1e6 {OWN} --eps 0.3",
+        f"{CERTIFY}:lie=1e6 {OWN} --eps 0.3",
+        "--plugin linear.py leaderboard runs",
+    ],
+)
+def test_a_certificate_that_an_attack_breaks_stops_the_line(bench, line):
+    bench(f"--attack fgsm {OWN} --eps 0.3 --rows rows.csv")
+    if "leaderboard" in line:
+        bench(f"{CERTIFY}:lie=1e6 {OWN} --eps 0.3")
+    ran = bench(line)
+    assert ran.code == 1
+    violations = [one for one in ran.errors if one.startswith("violation: ")]
+    rows = pd.read_csv("rows.csv").query("status == 'broken'")["row"].tolist()
+    assert len(rows) > 5
+    assert violations == [
+        f"violation: input {row} of digits, none: linear:lie=1000000.0 certifies linf:0.3 (seed 0), "
+        "but fgsm (seed 0) found an adversarial at 0.3"
+        for row in rows
+    ]
+
+
+def test_a_certifier_that_falls_over_or_covers_nothing(bench):
+    ran = bench(f"{CERTIFY}:fail=true {SMALL}")
+    assert ran.code == 1
+    assert ran.errors[-1] == f"unknown: {40 * clean_accuracy(40):.0f} x error: RuntimeError: no [red]luck[/red]"
+    text = bench(f"{CERTIFY} {SMALL} --model model.py:flat")
+    assert text.code == 0
+    assert text.errors[-1] == "note: certifier linear does not cover none: not linear"
+    assert bench("certify").errors == ["robust-bench: error: Missing option '--method'."]
+    wrong = bench(f"certify --method lineer {SMALL}")
+    assert wrong.code == 2
+    assert "no certifier 'lineer'" in wrong.errors[-1]
+
+
 # Help, and how soon it comes
 
 
@@ -627,10 +751,10 @@ def test_help_and_version(bench):
     text = bench("--help")
     assert text.code == 0
     options = (
-        "attack defense dataset threat norm eps n target plugin model weights mean std bounds probabilities seed "
-        "device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
+        "attack defense certify dataset threat norm eps n target plugin model weights mean std bounds probabilities "
+        "seed device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
     )
-    commands = "train leaderboard attacks defenses certifiers datasets models cache doctor"
+    commands = "train certify leaderboard attacks defenses certifiers datasets models cache doctor"
     for option in options.split():
         assert re.search(rf"--{option}\b", text.out)
     for command in commands.split():

@@ -7,10 +7,23 @@ import pandas as pd
 import pytest
 
 from robustbench_lite import leaderboard as module
-from robustbench_lite.leaderboard import LEADERBOARD, Entry, leaderboard, matrix, robust, rows, unknown, wilson
+from robustbench_lite.leaderboard import (
+    CERTIFICATES,
+    LEADERBOARD,
+    Entry,
+    Proof,
+    certificates,
+    leaderboard,
+    matrix,
+    robust,
+    rows,
+    unknown,
+    violations,
+    wilson,
+)
 from robustbench_lite.matrix import Results, write_csv
-from robustbench_lite.outcome import Outcome
-from tests.outcomes import made
+from robustbench_lite.outcome import Certified, Outcome
+from tests.outcomes import made, proved
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = {
@@ -19,6 +32,9 @@ NUMBERS = {
     "eps": "float64",
     "examples": "int64",
     "clean_accuracy": "float64",
+    "certified_accuracy": "float64",
+    "certified_low": "float64",
+    "certified_high": "float64",
     "robust_accuracy": "float64",
     "robust_low": "float64",
     "robust_high": "float64",
@@ -34,6 +50,12 @@ def entry(outcome: Outcome | str, attack: str = "pgd", defense: str = "madry", *
     settings: dict = {"dataset": "digits", "model": "mlp", "parameters": 10, "norm": "linf", "eps": 0.1, "seed": 0}
     outcome = made(outcome) if isinstance(outcome, str) else outcome
     return Entry(**(settings | others), attack=attack, defense=defense, outcome=outcome)
+
+
+def proof(certified: Certified | str, certifier: str = "crown", defense: str = "madry", **others: object) -> Proof:
+    settings: dict = {"dataset": "digits", "model": "mlp", "parameters": 10, "norm": "linf", "eps": 0.1, "seed": 0}
+    certified = proved(certified) if isinstance(certified, str) else certified
+    return Proof(**(settings | others), certifier=certifier, defense=defense, certified=certified)
 
 
 def accuracy(*outcomes: Outcome | str) -> float:
@@ -211,8 +233,9 @@ def test_models_of_one_name_are_not_mixed():
 def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
-        "rank dataset defense model parameters norm eps examples clean_accuracy robust_accuracy robust_low robust_high"
-        " worst_attack attacks unknown forwards backwards seconds seed version"
+        "rank dataset defense model parameters norm eps examples clean_accuracy certified_accuracy certified_low"
+        " certified_high robust_accuracy robust_low robust_high worst_attack attacks"
+        " certifiers unknown forwards backwards seconds seed version"
     )
 
 
@@ -234,6 +257,50 @@ def test_rows_have_a_line_an_input_and_attack():
 # The files
 
 
+# What is certified
+
+
+def test_an_input_is_certified_if_any_method_verified_it():
+    proofs = [proof("wvuufu"), proof("wuvuuu", "ibp"), proof("wnnnnn", "milp"), proof("vvvvvv", eps=0.2)]
+    row = leaderboard([entry("whhhbh")], proofs).iloc[0]
+    assert row["certified_accuracy"] == 2 / 6
+    assert (row["certified_low"], row["certified_high"]) == wilson(2, 6)
+    assert row["certifiers"] == "crown; ibp"
+    for others in ([], [proof("wnnnnn")], [proof("vvvvv")], [proof("vvvvvv", norm="l2")]):
+        row = leaderboard([entry("whhhbh")], others).iloc[0]
+        assert np.isnan(row["certified_accuracy"])
+        assert row["certifiers"] == ""
+
+
+def test_certificates_count_what_became_of_each_input():
+    (row,) = certificates([proof(proved("wvvfunnn", radius=[0, 0.3, 0.1] + [0] * 5))]).to_dict("records")
+    counts = {"verified": 2, "falsified": 1, "unknown": 1, "unsupported": 3, "examples": 8}
+    expected = counts | {"clean_accuracy": 7 / 8, "certified_accuracy": 1 / 4, "mean_margin": 1.5, "mean_radius": 0.05}
+    assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert tuple(row) == CERTIFICATES
+
+
+def test_a_violation_is_an_adversarial_that_was_found_inside_a_certified_ball():
+    near = entry(made("bbbbhuw", distance=[0.09, 0.1, 0.1001, 0.04] + [np.nan] * 3), eps=0.2, seed=4)
+    lines = violations([near], [proof("vvvuvvv")])
+    assert [line.split(",")[0] for line in lines] == ["input 0 of digits", "input 1 of digits"]
+    assert lines[0] == (
+        "input 0 of digits, madry: crown certifies linf:0.1 (seed 0), but pgd (seed 4) found an adversarial at 0.09"
+    )
+    assert violations([near], [proof(proved("vuvvvvv", start=2))]) == []
+    for other in ({"norm": "l2"}, {"subject": "another"}, {"defense": "standard"}, {"dataset": "mnist"}):
+        assert violations([near], [proof("vvvvvvv", **other)]) == []
+    wider = proof(proved("vvvvvvv", radius=[0.05] * 3 + [0.5] * 4))
+    assert [line.split(",")[0] for line in violations([near], [wider])] == ["input 3 of digits"]
+    patch = entry(made("b", distance=[5.0]), norm="patch", eps=0.1)  # a side of 5 pixels
+    assert len(violations([patch], [proof("v", norm="patch")])) == 1
+
+
+def test_a_certifiers_counterexample_inside_anothers_ball_is_a_violation():
+    (line,) = violations([], [proof("vvu"), proof("uff", "milp", eps=0.05)])
+    assert line.startswith("input 1 of digits, madry: crown certifies linf:0.1 (seed 0), but milp (seed 0) found")
+
+
 ENTRIES = (
     entry("hhbwbhhuhs", "pgd"),
     entry("hbhwbhhhhh", "fgsm"),
@@ -244,11 +311,20 @@ ENTRIES = (
 )
 
 
-@pytest.mark.parametrize("name", ["leaderboard", "matrix", "rows"])
+PROOFS = (
+    proof("wvvfuvvvvu", "crown"),
+    proof("wuufuuuvvv", "ibp"),
+    proof("wnnnnnnnnn", "milp"),
+    proof("vvvvvvvvvv", "crown", defense="standard", seed=1),
+)
+TABLES = ["leaderboard", "matrix", "rows", "certificates", "certified_rows"]
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_the_files_are_what_they_always_were(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """To renew one on purpose, copy what this writes to tests/golden and read the difference."""
     monkeypatch.setattr(module, "__version__", "1.2.3")
-    write_csv(getattr(Results(ENTRIES), name)(), tmp_path / "made.csv")
+    write_csv(getattr(Results(ENTRIES, PROOFS), name)(), tmp_path / "made.csv")
     assert (tmp_path / "made.csv").read_bytes() == (GOLDEN / f"{name}.csv").read_bytes()
 
 
@@ -265,11 +341,11 @@ def test_pandas_reads_numbers_as_numbers():
     assert len(lines) == 60
 
 
-@pytest.mark.parametrize("name", ["leaderboard", "matrix", "rows"])
+@pytest.mark.parametrize("name", TABLES)
 def test_what_pandas_reads_is_what_was_written(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "__version__", "1.2.3")
-    written = getattr(Results(ENTRIES), name)()
-    read = pd.read_csv(GOLDEN / f"{name}.csv", keep_default_na=name != "rows").replace("", np.nan)
+    written = getattr(Results(ENTRIES, PROOFS), name)()
+    read = pd.read_csv(GOLDEN / f"{name}.csv", keep_default_na=not name.endswith("rows")).replace("", np.nan)
     for column in written.columns:
         expected = written[column].replace("", np.nan)
         if pd.api.types.is_numeric_dtype(expected):

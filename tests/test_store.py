@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from robustbench_lite import store as module
-from robustbench_lite.outcome import Outcome
+from robustbench_lite.outcome import Certified, Outcome
 from robustbench_lite.store import Cell, Store
-from tests.outcomes import assert_same, assert_same_types, made
+from tests.outcomes import assert_same, assert_same_types, made, proved
 
 IDENTITY: dict[str, Any] = {
     "data": "fingerprint",
@@ -72,6 +72,23 @@ def test_what_is_saved_is_loaded_equal(store: Store, chunk: Path, notes: list[st
     assert_same(loaded, OUTCOME)
     assert_same_types(loaded, OUTCOME)
     assert not notes
+
+
+def test_certificates_are_kept_beside_outcomes(store: Store, chunk: Path, notes: list[str]):
+    """Their cell has a certifier in the attack's place; an outcome is not taken for one."""
+    identity = {name: value for name, value in IDENTITY.items() if name != "attack"} | {"certifier": {"name": "crown"}}
+    cell, kept = Cell(identity, {"dataset": "digits"}), proved("wvfun" * 4, start=100)
+    store.save(cell, kept)
+    loaded = store.load(cell, 100, 120, keep_all=True)
+    assert loaded is not None
+    assert_same(loaded, kept)
+    assert_same_types(loaded, kept)
+    assert_same(loaded.join([kept.part(110, 120), kept.part(100, 110)]), kept)
+    assert {type(part) for _, chunks in store.cells() for part in chunks} == {Outcome, Certified}
+    assert not notes
+    (chunk.parents[1] / cell.key / chunk.name).write_bytes(chunk.read_bytes())
+    assert store.load(cell, 100, 120) is None
+    assert "is computed again" in notes[0]
 
 
 def test_only_its_own_rows_and_cell_are_found(store: Store, chunk: Path, notes: list[str]):
