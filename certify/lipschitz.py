@@ -102,7 +102,7 @@ def bare(model: nn.Module) -> tuple[nn.Module, float]:
         model = model.get_submodule("model")
     if isinstance(model, Defended):
         raise ValueError(f"certifier lipschitz does not cover a model behind {type(model).__name__}")
-    return model, scale
+    return model if list(model.children()) else nn.Sequential(model), scale
 
 
 def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
@@ -151,13 +151,13 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _asks_for_shape(node: fx.Node) -> bool:
-    return node.target == "size" or (node.target is getattr and node.args[1] == "shape")
+    return node.target == "size" or (node.target is getattr and str(node.args[1]) == "shape")
 
 
 def _of_one_shape(node: fx.Node, bounds: dict[fx.Node, float]) -> bool:
     """Whether nothing that depends on the input is broadcast: that would count it more than once."""
-    moving = [operand for operand in _operands(node) if bounds[operand]]
-    return all(operand.meta["tensor_meta"].shape == node.meta["tensor_meta"].shape for operand in moving)
+    shapes = {tuple(one.meta["tensor_meta"].shape) for one in (node, *_operands(node)) if bounds.get(one, 1)}
+    return len(shapes) == 1
 
 
 def _not_covered(what: str, where: str) -> ValueError:
@@ -222,7 +222,7 @@ def _convolution(layer: nn.Conv2d) -> float:
     if layer.padding_mode != "zeros":
         raise ValueError(f"certifier lipschitz covers Conv2d with padding by zeros, not {layer.padding_mode}")
     groups = layer.weight.double().unflatten(0, (layer.groups, -1))
-    return max(convolution_norm(kernel, layer.stride, layer.dilation) for kernel in groups)
+    return max(convolution_norm(kernel, _pair(layer.stride), _pair(layer.dilation)) for kernel in groups)
 
 
 @covers(nn.AvgPool2d)

@@ -1,6 +1,5 @@
 """Randomized smoothing."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,8 +32,8 @@ class Smoothing:
 }"""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf or self.draws < 1:
-            raise ValueError(f"sigma must be above 0 and finite, draws 1 or more, not {self.sigma:g} and {self.draws}")
+        if not self.sigma > 0 or self.draws < 1:
+            raise ValueError(f"sigma must be above 0 and draws 1 or more, not {self.sigma:g} and {self.draws}")
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
         return Smoothed(model, self.sigma, self.draws, lab.noise.seed).eval()
