@@ -102,18 +102,17 @@ def bare(model: nn.Module) -> tuple[nn.Module, float]:
         model = model.get_submodule("model")
     if isinstance(model, Defended):
         raise ValueError(f"certifier lipschitz does not cover a model behind {type(model).__name__}")
-    return model if list(model.children()) else nn.Sequential(model), scale
+    return model, scale
 
 
 def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
     """The network as a graph whose nodes know their shapes."""
+    called = nn.Sequential(net)  # so that what else its forward takes has its default
     try:
-        traced = fx.GraphModule(net, fx.Tracer().trace(net))
+        traced = fx.GraphModule(called, fx.Tracer().trace(called))
         ShapeProp(traced).propagate(x[:1])
     except Exception as error:  # whatever a forward does with a stand-in for a tensor
         raise ValueError(f"certifier lipschitz cannot trace {type(net).__name__}: {one_line(error)}") from error
-    if len([node for node in traced.graph.nodes if node.op == "placeholder"]) > 1:
-        raise ValueError(f"certifier lipschitz covers networks of one input, and {type(net).__name__} has more")
     return traced
 
 
@@ -127,7 +126,7 @@ def constants(traced: fx.GraphModule) -> dict[fx.Node, float]:
         elif not any(before) or _asks_for_shape(node):
             bounds[node] = 0.0
         elif node.op == "call_module":
-            bounds[node] = before[0] * layer_norm(node.target, traced.get_submodule(node.target))
+            bounds[node] = before[0] * layer_norm(node.target.removeprefix("0."), traced.get_submodule(node.target))
         elif node.op == "output" or node.target in KEEPING:
             bounds[node] = before[0]
         elif node.target in SUMS and not node.kwargs and _of_one_shape(node, bounds):
