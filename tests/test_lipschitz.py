@@ -84,8 +84,8 @@ def test_the_bound_of_a_convolution_is_never_below_its_norm(channels, kernel, st
 def test_on_large_images_it_is_the_norm_but_for_a_few_percent(kernel, stride, padding, dilation):
     torch.manual_seed(kernel)
     layer = nn.Conv2d(2, 2, kernel, stride, padding, dilation, dtype=torch.float64)
-    truth = unrolled(layer, (2, 24, 24))
-    assert truth * (1 - 1e-12) <= layer_norms(nn.Sequential(layer))["0"] < 1.04 * truth
+    truth = unrolled(layer, (2, 18, 18))
+    assert truth * (1 - 1e-12) <= layer_norms(nn.Sequential(layer))["0"] < 1.05 * truth
 
 
 def test_it_covers_the_frequencies_between_the_samples():
@@ -263,10 +263,10 @@ def test_verified_is_a_radius_that_reaches_eps(norm: str):
 
 
 def test_no_attack_wins_inside_on_digits():
-    """A net trained with weights kept small, so that its certificates are worth attacking."""
+    """A net trained with its weights kept small, so that its certificates are worth attacking."""
     images = data.load("digits")
     net = build("mlp", images.shape, 10)
-    optimiser = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=3)
+    optimiser = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=1)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
     for rows in order.repeat(6).split(128):
         optimiser.zero_grad()
@@ -275,11 +275,9 @@ def test_no_attack_wins_inside_on_digits():
     right = (net(images.x).argmax(1) == images.y).nonzero()[:32, 0]
     x, y = images.x[right], images.y[right]
     for threat, attack in (("l2:0.15", "pgd:steps=20"), ("linf:0.02", "pgd:steps=20"), ("l2:0.4", "fab:steps=10")):
-        eps = float(threat.split(":")[1])
-        found = certificate(net, x, y, threat)
-        certified = np.array([one == "verified" for one in found.status])
-        outcome = evaluate(attack, net, x, y, threat)
-        assert not (certified & (outcome.status == "broken")).any()
-        distance = np.nan_to_num(outcome.distance, nan=np.inf)
-        assert (found.radius.numpy() <= distance).all(), eps
-    assert (found.radius > 0.05).any()
+        found, outcome = certificate(net, x, y, threat), evaluate(attack, net, x, y, threat)
+        verified, broken = np.array(found.status) == "verified", outcome.status == "broken"
+        assert verified.any()
+        assert broken.any()
+        assert not (verified & broken).any()
+        assert (found.radius.numpy()[broken] < outcome.distance[broken]).all()
