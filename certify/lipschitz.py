@@ -110,9 +110,11 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
     called = nn.Sequential(net)  # so that what else its forward takes has its default
     try:
         traced = fx.GraphModule(called, fx.Tracer().trace(called))
-        ShapeProp(traced).propagate(x[:1])
+        same = torch.allclose(ShapeProp(traced).propagate(x[:1].clone()), net(x[:1].clone()))
     except Exception as error:  # whatever a forward does with a stand-in for a tensor
         raise ValueError(f"certifier lipschitz cannot trace {type(net).__name__}: {one_line(error)}") from error
+    if not same:  # a trace does not see that x += y changes what others hold
+        raise ValueError(f"certifier lipschitz cannot trace {type(net).__name__}: its graph answers otherwise")
     return traced
 
 
@@ -129,7 +131,7 @@ def constants(traced: fx.GraphModule) -> dict[fx.Node, float]:
             bounds[node] = before[0] * layer_norm(node.target.removeprefix("0."), traced.get_submodule(node.target))
         elif node.op == "output" or node.target in KEEPING:
             bounds[node] = before[0]
-        elif node.target in SUMS and not node.kwargs and _of_one_shape(node, bounds):
+        elif node.target in SUMS and _plain(node, bounds):
             bounds[node] = sum(before)
         elif node.target is torch.cat:
             bounds[node] = math.hypot(*before)
@@ -139,7 +141,7 @@ def constants(traced: fx.GraphModule) -> dict[fx.Node, float]:
 
 
 KEEPING = {torch.flatten, torch.relu, F.relu, "flatten", "view", "reshape", "contiguous", "relu"}  # stretch nothing
-SUMS = {operator.add, operator.iadd, operator.sub, torch.add, "add"}
+SUMS = {operator.add, operator.sub, torch.add, "add"}
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -153,10 +155,10 @@ def _asks_for_shape(node: fx.Node) -> bool:
     return node.target == "size" or (node.target is getattr and str(node.args[1]) == "shape")
 
 
-def _of_one_shape(node: fx.Node, bounds: dict[fx.Node, float]) -> bool:
-    """Whether nothing that depends on the input is broadcast: that would count it more than once."""
+def _plain(node: fx.Node, bounds: dict[fx.Node, float]) -> bool:
+    """Whether a sum broadcasts nothing that depends on the input, which would count it more than once."""
     shapes = {tuple(one.meta["tensor_meta"].shape) for one in (node, *_operands(node)) if bounds.get(one, 1)}
-    return len(shapes) == 1
+    return len(shapes) == 1 and not node.kwargs
 
 
 def _not_covered(what: str, where: str) -> ValueError:
