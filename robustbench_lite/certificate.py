@@ -41,3 +41,14 @@ class Certificate:
             margin=margin,
             status=[VERIFIED if one else UNDECIDED for one in proved.tolist()],
         )
+
+    @staticmethod
+    def of_radius(label: Tensor, radius: Tensor, eps: float) -> "Certificate":
+        """How far each ``label`` (B,) holds: verified where the radius (B,) reaches ``eps``, and kept elsewhere."""
+        proved = (radius >= eps) & (radius > 0)
+        return Certificate(
+            label=torch.where(proved, label, -1),
+            radius=radius,
+            margin=torch.full_like(radius, torch.nan),
+            status=[VERIFIED if one else UNDECIDED for one in proved.tolist()],
+        )
