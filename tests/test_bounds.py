@@ -376,7 +376,10 @@ def test_a_layer_is_added_by_a_rule(monkeypatch):
     assert (bounds > model(x) - 1).all()
 
 
-@pytest.mark.parametrize("op", [Rectifier(), Rectifier(0.2), SIGMOID, TANH, GELU, SILU], ids=str)
+OPS = {"relu": Rectifier(), "leaky": Rectifier(0.2), "sigmoid": SIGMOID, "tanh": TANH, "gelu": GELU, "silu": SILU}
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("slopes", ["adaptive", "zero", "parallel"])
 def test_an_activation_lies_between_its_lines_and_touches_them(op, slopes):
     ends = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
