@@ -1,0 +1,152 @@
+"""What a network answers over a ball of inputs, as a linear or a mixed-integer program."""
+
+import math
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.bounds import Ball, Bounds, Graph, Unbounded, trace
+from robustbench_lite.bounds.graph import Affine, Node
+from robustbench_lite.bounds.maps import Map
+from robustbench_lite.bounds.relax import Interval, Nonlinear, Rectifier
+from robustbench_lite.certificate import SOUND
+from robustbench_lite.threat import ThreatModel
+from robustbench_lite.wording import one_line
+
+NORMS = frozenset({"linf", "l1"})  # an l2 ball is no polyhedron, and HiGHS knows nothing else
+MOST = 10_000  # neurons
+BATCH = 256  # columns of a matrix that are worked out at once
+TOLERANCES = {f"{kind}_feasibility_tolerance": 1e-9 for kind in ("primal", "dual", "mip")}  # of HiGHS, a row or column
+SURE = SOUND[torch.float32]  # what a margin must be above: the network itself rounds to float32
+SLACK = 1e-6  # what a thousand rows, each violated by so much, can add up to; of a bound above 1, that share
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of affine layers and (leaky) ReLUs, in float64 on the CPU.
+
+    Raises:
+        Unbounded: names a layer of another kind, or says how many neurons are too many.
+    """
+
+    model: nn.Module
+    graph: Graph
+
+    @classmethod
+    def of(cls, model: nn.Module, shape: torch.Size) -> "Network":
+        exact = deepcopy(model).cpu().double()
+        graph = trace(exact, tuple(shape))
+        active = [node for node in graph.nodes if isinstance(node.op, Nonlinear)]
+        for node in active:
+            if not isinstance(node.op, Rectifier):
+                raise Unbounded(f"{node.layer} is neither affine nor a (leaky) ReLU, all that lp and milp cover")
+        neurons = sum(math.prod(node.shape) for node in active)
+        if neurons > MOST:
+            raise Unbounded(f"lp and milp are for small networks: this one has {neurons:,} neurons, more than {MOST:,}")
+        return cls(exact, graph)
+
+    def bounds(self, x: Tensor, threat: ThreatModel) -> Bounds:
+        """What CROWN says of all its neurons."""
+        return Bounds(self.graph, Ball(x.cpu().double(), threat))
+
+    @cached_property
+    def matrices(self) -> dict[Node, list[Any]]:
+        """The maps of each affine node, as sparse matrices."""
+        return {
+            node: [_matrix(map, parent) for map, parent in zip(node.op.maps, node.parents)]
+            for node in self.graph.nodes
+            if isinstance(node.op, Affine)
+        }
+
+
+def _matrix(map: Map, parent: Node) -> Any:
+    from scipy.sparse import csr_array, vstack
+
+    units = torch.eye(math.prod(parent.shape), dtype=torch.float64).split(BATCH)
+    return vstack([csr_array(map(unit.view(-1, *parent.shape)).flatten(1).numpy()) for unit in units]).T.tocsr()
+
+
+class Answer(NamedTuple):
+    """What the solver says: only where it is ``optimal`` does ``bound`` count; ``x`` is the input that it went for."""
+
+    status: str
+    bound: float = -math.inf
+    x: Tensor | None = None
+
+    @property
+    def optimal(self) -> bool:
+        return self.status == "optimal"
+
+
+class Program:
+    """The least that linear functions of the logits take over the ball of one input, ``row`` of the ball of ``bounds``.
+
+    Every neuron is a variable. Each ReLU lies in the triangle that its bounds leave it, or, if ``exact``, on the ReLU
+    itself, where a binary variable says on which side of zero (Tjeng, Xiao & Tedrake, 2019, section 4.1).
+    """
+
+    def __init__(self, network: Network, bounds: Bounds, row: int, exact: bool) -> None:
+        import cvxpy
+
+        def column(tensor: Tensor) -> Any:
+            return tensor[row].flatten().numpy()
+
+        nodes, ball = network.graph.nodes, bounds.ball
+        values = [cvxpy.Variable(math.prod(node.shape)) for node in nodes]
+        self._x, logits, limits = values[0], values[-1], list[Any]()
+        for node, value in zip(nodes, values):
+            before = [values[parent.index] for parent in node.parents]
+            if node.op is None:
+                limits += [value >= column(ball.box.lower), value <= column(ball.box.upper)]
+                if not ball.is_box:
+                    limits.append(cvxpy.norm1(value - column(ball.x)) <= ball.threat.eps)
+            elif isinstance(node.op, Affine):
+                parts = [matrix @ part for matrix, part in zip(network.matrices[node], before)]
+                bias = torch.zeros(()) if node.op.bias is None else node.op.bias
+                limits.append(value == sum(parts) + bias.double().expand(node.shape).flatten().numpy())
+            else:
+                inside = Interval(*(side[row].flatten() for side in bounds.intervals[node.parents[0].index]))
+                limits += _rectified(node.op, inside, before[0], value, exact)
+        self._shape, self._function, excess = ball.x.shape[1:], cvxpy.Parameter(logits.size), cvxpy.Variable()
+        limits.append(excess == self._function @ logits - SURE)
+        self._program = cvxpy.Problem(cvxpy.Minimize(excess), limits)
+
+    def least(self, function: Tensor, **options: float) -> Answer:
+        """A lower bound on the least of ``function`` (classes,), which is what HiGHS minimises, less :data:`SURE`."""
+        import cvxpy
+
+        program, self._function.value = self._program, function.double().numpy()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that what a limit cut short may be inaccurate
+                program.solve(solver=cvxpy.HIGHS, warm_start=False, **TOLERANCES, **options)
+        except cvxpy.SolverError as error:
+            return Answer(one_line(error))
+        stats = program.solver_stats.extra_stats
+        bound = SURE + (stats.mip_dual_bound if program.is_mixed_integer() else program.value)
+        x = None if self._x.value is None else torch.from_numpy(self._x.value).view(self._shape)
+        return Answer(program.status, bound - SLACK * max(1, abs(bound)), x)
+
+
+def _rectified(op: Rectifier, inside: Interval, x: Any, y: Any, exact: bool) -> list[Any]:
+    """What ties the neurons ``y`` to ``x``, before their (leaky) ReLU."""
+    import cvxpy
+
+    lines, open_ = op.lines(inside, "zero"), op.unsettled(inside)
+    limits = [
+        y >= cvxpy.multiply(lines.lower.numpy(), x),
+        y >= cvxpy.multiply(lines.lower.masked_fill(open_, 1).numpy(), x),
+        y <= cvxpy.multiply((lines.lower + lines.gap).numpy(), x) + lines.upper_offset.numpy(),
+    ]
+    if exact and open_.any():
+        (at,), flat = open_.numpy().nonzero(), op.slope
+        lower, upper = (1 - flat) * inside.lower[open_].numpy(), (1 - flat) * inside.upper[open_].numpy()
+        above = cvxpy.Variable(len(at), boolean=True)
+        limits.append(y[at] <= x[at] - cvxpy.multiply(lower, 1 - above))
+        limits.append(y[at] <= flat * x[at] + cvxpy.multiply(upper, above))
+    return limits
