@@ -50,6 +50,10 @@ class Network:
             raise Unbounded(f"lp and milp are for small networks: this one has {neurons:,} neurons, more than {MOST:,}")
         return cls(exact, graph)
 
+    @property
+    def classes(self) -> int:
+        return self.graph.output.shape[0]
+
     def bounds(self, x: Tensor, threat: ThreatModel) -> Bounds:
         """What CROWN says of all its neurons."""
         return Bounds(self.graph, Ball(x.cpu().double(), threat))
@@ -72,7 +76,7 @@ def _matrix(map: Map, parent: Node) -> Any:
 
 
 class Answer(NamedTuple):
-    """What the solver says: only where it is ``optimal`` does ``bound`` count; ``x`` is the input that it went for."""
+    """What the solver says: ``bound`` counts only where it is ``optimal``; ``x`` is the flat input that it went for."""
 
     status: str
     bound: float = -math.inf
@@ -84,53 +88,78 @@ class Answer(NamedTuple):
 
 
 class Program:
-    """The least that linear functions of the logits take over the ball of one input, ``row`` of the ball of ``bounds``.
+    """The least of linear functions of ``neurons``, which are cvxpy's as ``x`` and ``limits`` are.
 
-    Every neuron is a variable. Each ReLU lies in the triangle that its bounds leave it, or, if ``exact``, on the ReLU
-    itself, where a binary variable says on which side of zero (Tjeng, Xiao & Tedrake, 2019, section 4.1).
+    What HiGHS minimises is the function less :data:`SURE`, so that the sign of its bounds decides.
     """
 
-    def __init__(self, network: Network, bounds: Bounds, row: int, exact: bool) -> None:
+    def __init__(self, x: Any, neurons: Any, limits: list[Any]) -> None:
         import cvxpy
 
-        def column(tensor: Tensor) -> Any:
-            return tensor[row].flatten().numpy()
-
-        nodes, ball = network.graph.nodes, bounds.ball
-        values = [cvxpy.Variable(math.prod(node.shape)) for node in nodes]
-        self._x, logits, limits = values[0], values[-1], list[Any]()
-        for node, value in zip(nodes, values):
-            before = [values[parent.index] for parent in node.parents]
-            if node.op is None:
-                limits += [value >= column(ball.box.lower), value <= column(ball.box.upper)]
-                if not ball.is_box:
-                    limits.append(cvxpy.norm1(value - column(ball.x)) <= ball.threat.eps)
-            elif isinstance(node.op, Affine):
-                parts = [matrix @ part for matrix, part in zip(network.matrices[node], before)]
-                bias = torch.zeros(()) if node.op.bias is None else node.op.bias
-                limits.append(value == sum(parts) + bias.double().expand(node.shape).flatten().numpy())
-            else:
-                inside = Interval(*(side[row].flatten() for side in bounds.intervals[node.parents[0].index]))
-                limits += _rectified(node.op, inside, before[0], value, exact)
-        self._shape, self._function, excess = ball.x.shape[1:], cvxpy.Parameter(logits.size), cvxpy.Variable()
-        limits.append(excess == self._function @ logits - SURE)
-        self._program = cvxpy.Problem(cvxpy.Minimize(excess), limits)
+        self._x, self._function, excess = x, cvxpy.Parameter(neurons.size), cvxpy.Variable()
+        self._problem = cvxpy.Problem(cvxpy.Minimize(excess), [*limits, excess == self._function @ neurons - SURE])
 
     def least(self, function: Tensor, **options: float) -> Answer:
-        """A lower bound on the least of ``function`` (classes,), which is what HiGHS minimises, less :data:`SURE`."""
+        """A lower bound on the least of ``function``, one coefficient a neuron."""
         import cvxpy
 
-        program, self._function.value = self._program, function.double().numpy()
+        self._function.value = function.double().numpy()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that what a limit cut short may be inaccurate
-                program.solve(solver=cvxpy.HIGHS, warm_start=False, **TOLERANCES, **options)
+                warnings.simplefilter("ignore")  # that what a time limit cut short may be inaccurate
+                self._problem.solve(solver=cvxpy.HIGHS, warm_start=False, **TOLERANCES, **options)
         except cvxpy.SolverError as error:
             return Answer(one_line(error))
-        stats = program.solver_stats.extra_stats
-        bound = SURE + (stats.mip_dual_bound if program.is_mixed_integer() else program.value)
-        x = None if self._x.value is None else torch.from_numpy(self._x.value).view(self._shape)
-        return Answer(program.status, bound - SLACK * max(1, abs(bound)), x)
+        stats, value = self._problem.solver_stats.extra_stats, self._problem.value
+        bound = SURE + (stats.mip_dual_bound if self._problem.is_mixed_integer() else value)
+        x = None if self._x.value is None else torch.from_numpy(self._x.value)
+        return Answer(self._problem.status, bound - SLACK * max(1, abs(bound)), x)
+
+
+def over_ball(network: Network, bounds: Bounds, row: int, exact: bool = False, refine: bool = False) -> Program:
+    """The program of the logits over the ball of one input: row ``row`` of the ball of ``bounds``.
+
+    Each ReLU lies in the triangle that its bounds leave it (Ehlers, 2017), or, if ``exact``, on the ReLU itself, where
+    a binary variable says on which side of zero (Tjeng, Xiao & Tedrake, 2019, section 4.1). To ``refine`` bounds is to
+    solve the program of the layers so far for every neuron that they leave unsettled (Salman et al., 2019).
+    """
+    import cvxpy
+
+    def flat(sides: Interval) -> Interval:
+        return Interval(*(side[row].flatten() for side in sides))
+
+    ball, values, limits = bounds.ball, list[Any](), list[Any]()
+    for node in network.graph.nodes:
+        before = [values[parent.index] for parent in node.parents]
+        if node.op is None:
+            x = cvxpy.Variable(math.prod(node.shape), bounds=[side.numpy() for side in flat(ball.box)])
+            if not ball.is_box:
+                limits.append(cvxpy.norm1(x - ball.x[row].flatten().numpy()) <= ball.threat.eps)
+            values.append(x)
+        elif isinstance(node.op, Affine):
+            bias = torch.zeros(()) if node.op.bias is None else node.op.bias
+            parts = [matrix @ value for matrix, value in zip(network.matrices[node], before)]
+            values.append(sum(parts) + bias.expand(node.shape).flatten().double().numpy())
+        else:
+            inner, outer = (cvxpy.Variable(math.prod(node.shape)) for _ in range(2))
+            limits.append(inner == before[0])
+            inside = flat(bounds.intervals[node.parents[0].index])
+            if refine and not node.parents[0].affine:
+                inside = _refined(node.op, inside, Program(x, inner, limits))
+            limits += _rectified(node.op, inside, inner, outer, exact)
+            values.append(outer)
+    return Program(x, values[-1], limits)
+
+
+def _refined(op: Rectifier, inside: Interval, program: Program) -> Interval:
+    """The bounds that a program gives on neurons before ``op``; where it fails, those that there are."""
+    lower, upper = (side.clone() for side in inside)
+    for neuron in op.unsettled(inside).nonzero():
+        one = torch.zeros_like(lower).index_fill(0, neuron, 1)
+        low, high = program.least(one), program.least(-one)
+        lower[neuron] = lower[neuron].clamp_min(low.bound if low.optimal else -math.inf)
+        upper[neuron] = upper[neuron].clamp_max(-high.bound if high.optimal else math.inf)
+    return Interval(lower, upper)
 
 
 def _rectified(op: Rectifier, inside: Interval, x: Any, y: Any, exact: bool) -> list[Any]:
