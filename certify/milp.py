@@ -72,7 +72,7 @@ class MILP:
     def _find(
         self, network: Network, bounds: Bounds, row: int, clean: Tensor, functions: Tensor, margins: Tensor
     ) -> Finding:
-        """Works on one class after the other, from the nearest on; ``margins`` (classes - 1,) are known to be no less."""
+        """Works on one class after the other, from the nearest on; ``margins`` (classes - 1,) are at least so much."""
         if not self.least and (margins > SURE).all():
             return Finding(margins.amin())
         deadline = time.monotonic() + self.seconds
