@@ -18,12 +18,16 @@ from robustbench_lite.certificate import SOUND
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.wording import one_line
 
-NORMS = frozenset({"linf", "l1"})  # an l2 ball is no polyhedron, and HiGHS knows nothing else
+NORMS = frozenset({"linf", "l1"})  # an l2 ball is no polyhedron, and HiGHS solves no cone programs
 MOST = 10_000  # neurons
 BATCH = 256  # columns of a matrix that are worked out at once
-TOLERANCES = {f"{kind}_feasibility_tolerance": 1e-9 for kind in ("primal", "dual", "mip")}  # of HiGHS, a row or column
-SURE = SOUND[torch.float32]  # what a margin must be above: the network itself rounds to float32
-SLACK = 1e-6  # what a thousand rows, each violated by so much, can add up to; of a bound above 1, that share
+
+# HiGHS forgives 1e-9 a row and column: SLACK is what a thousand of them with multipliers of 1 come to, as a share of
+# bounds above 1. It is taken off every bound; that a margin must be above SURE leaves room for multipliers of 100, and
+# for the network itself, which rounds to float32.
+TOLERANCES = {f"{kind}_feasibility_tolerance": 1e-9 for kind in ("primal", "dual", "mip")}
+SLACK = 1e-6
+SURE = SOUND[torch.float32]
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ def over_ball(network: Network, bounds: Bounds, row: int, exact: bool = False, r
             parts = [matrix @ value for matrix, value in zip(network.matrices[node], before)]
             values.append(sum(parts) + bias.expand(node.shape).flatten().double().numpy())
         else:
+            assert isinstance(node.op, Rectifier)
             inner, outer = (cvxpy.Variable(math.prod(node.shape)) for _ in range(2))
             limits.append(inner == before[0])
             inside = flat(bounds.intervals[node.parents[0].index])
