@@ -22,7 +22,7 @@ class Certificate:
     ``label`` is the class that holds in the whole ball, -1 where none is proved; ``radius``, in units of the threat
     model's norm, is how far it is proved to hold, 0 where it is not; ``margin`` is a lower bound over the ball on the
     label's logit minus the best other one, NaN where the method has none. ``counterexample`` holds points of the ball
-    where the status is ``falsified``, and anything elsewhere.
+    where the status is ``falsified``, and anything elsewhere; ``reason`` says why something is unknown, or "".
     """
 
     label: Tensor
@@ -30,9 +30,10 @@ class Certificate:
     margin: Tensor
     status: list[Verdict]
     counterexample: Tensor | None = None
+    reason: list[str] | None = None
 
     @staticmethod
-    def of_margins(margin: Tensor, y: Tensor, eps: float) -> "Certificate":
+    def of_margins(margin: Tensor, y: Tensor, eps: float, reason: list[str] | None = None) -> "Certificate":
         """Verified for labels ``y`` within ``eps`` where the margin bound (B,) is above 0 beyond doubt."""
         proved = margin > SOUND[margin.dtype]
         return Certificate(
@@ -40,6 +41,7 @@ class Certificate:
             radius=torch.where(proved, eps, 0.0),
             margin=margin,
             status=[VERIFIED if one else UNDECIDED for one in proved.tolist()],
+            reason=reason,
         )
 
     @staticmethod

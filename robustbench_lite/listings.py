@@ -107,11 +107,10 @@ def doctor(data_dir: Path | None) -> RenderableType:
     """Versions, devices, folders, and what is missing."""
     import torch
 
-    packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "safetensors", "pooch", "typer", "rich")
+    packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "cvxpy", "safetensors", "pooch", "typer", "rich")
     lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
     lines += [[name, _installed(name)] for name in packages]
     lines.append(["extra: foolbox", _installed("foolbox")])
-    lines.append(["extra: cvxpy", _installed("cvxpy")])
     gpus = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
     lines.append(["devices", ", ".join([*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"])])
     lines.append(["cpu threads", str(torch.get_num_threads())])
