@@ -16,7 +16,7 @@ from robustbench_lite.registry import certifier
 from robustbench_lite.threat import ThreatModel
 
 NORMS = frozenset({"linf", "l2", "l1"})
-BATCH = 50  # inputs whose layers are bounded at once: memory grows with it, and above it speed does not
+BATCH = 25  # inputs whose layers are bounded at once: memory grows with it, and above it speed does not
 
 Method = Callable[[Graph, Ball, Tensor], Tensor]  # lower bounds (B, S) on linear functions (B, S, C) of the logits
 
