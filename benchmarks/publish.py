@@ -26,6 +26,7 @@ COMMANDS = {
         "speed/cw.py --weights {checkpoint}",
         "speed/queries.py --weights {checkpoint}",
         "speed/patch.py",
+        "speed/certify.py --weights {checkpoint}",
         "strength/autoattack.py --weights {checkpoint} --eps 0.1 --images 200 --attacks",
     ],
     "strength": [

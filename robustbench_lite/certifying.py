@@ -114,7 +114,7 @@ class Court:
         top = 2**HALVINGS
         low = np.where(said.status == VERIFIED, top, 0)
         high = np.full(len(x), top)
-        tried = (said.reason == "") & (said.status != UNSUPPORTED)
+        tried = ~np.char.startswith(said.reason, ERROR) & (said.status != UNSUPPORTED)
         while (open := tried & (high - low > np.maximum(1, NARROW * high))).any():
             middle = (low + high) // 2
             for level in np.unique(middle[open]):
@@ -143,9 +143,9 @@ class Court:
 
         label, own = given.label.cpu().numpy(), y.cpu().numpy()
         verified = said.status == VERIFIED
-        said = said.end((label >= 0) & (label != own), UNKNOWN, "the certificate is for another label than the model's")
-        said = said.end(verified & (label < 0), UNKNOWN, "the certificate is for no label")
-        said = said.end(verified & (said.margin <= 0), UNKNOWN, "the certificate's own margin is not above 0")
+        said = said.end((label >= 0) & (label != own), UNKNOWN, f"{ERROR}the certificate is for another label")
+        said = said.end(verified & (label < 0), UNKNOWN, f"{ERROR}the certificate is for no label")
+        said = said.end(verified & (said.margin <= 0), UNKNOWN, f"{ERROR}the certificate's own margin is not above 0")
         if getattr(self.certifier, "exact_radius", False):
             short = (said.status == VERIFIED) & ~(said.radius >= eps)
             said = replace(said, status=np.where(short, UNKNOWN, said.status))
@@ -164,7 +164,7 @@ class Court:
             logits = ask(self.model, strict, len(x))
         fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).cpu().numpy()
         said = replace(said, points=strict)
-        return said.end(falsified & ~fooled, UNKNOWN, "the counterexample did not hold when the model was asked again")
+        return said.end(falsified & ~fooled, UNKNOWN, f"{ERROR}the model, asked again, denies the counterexample")
 
 
 @dataclass(frozen=True)
@@ -197,12 +197,14 @@ class _Answer:
         if strange := set(status.tolist()) - {VERIFIED, FALSIFIED, UNKNOWN, UNSUPPORTED}:
             raise ValueError(f"there is no status {strange.pop()!r}")
         shapes = {name: tuple(getattr(given, name).shape) for name in ("label", "radius", "margin")}
-        for name, shape in {**shapes, "status": status.shape}.items():
+        reason = made.reason if given.reason is None else np.array(given.reason, dtype=made.reason.dtype)
+        for name, shape in {**shapes, "status": status.shape, "reason": reason.shape}.items():
             if shape != (len(x),):
                 raise ValueError(f"its {name} has shape {shape}")
         return replace(
             made,
             status=status.astype(made.status.dtype),
+            reason=reason,
             radius=given.radius.detach().double().cpu().numpy(),
             margin=given.margin.detach().double().cpu().numpy(),
             points=points,

@@ -105,6 +105,7 @@ def run(
         print(context.get_help())
         raise typer.Exit
     threats = options.threats(threat, norm, eps)
+    options.count(n or "all")  # a mistake is told before anything else
     size = None if batch == "auto" else options.whole("--batch", batch)
     towards = options.target(target)
     inputs = options.described(mean, std, bounds, probabilities)
@@ -191,6 +192,7 @@ def certify(
 ) -> None:
     """Prove that no input of a threat model changes a model's answer."""
     threats = options.threats(threat, norm, eps)
+    options.count(n or "all")  # a mistake is told before anything else
     inputs = options.described(mean, std, bounds, probabilities)
     files = [file for file in (csv, rows) if file is not None]
     options.writable(*files)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, leaderboard, registry
 from robustbench_lite.certifying import Court, searches
-from robustbench_lite.evaluation import Bench, Target, check, frozen
+from robustbench_lite.evaluation import ERROR, Bench, Target, check, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
 from robustbench_lite.plugins import Attack, Certifier, Learner, learns
@@ -104,7 +104,8 @@ class Results:
             for entry in self.entries:
                 counts.update(entry.outcome.reason[entry.outcome.status == UNKNOWN].tolist())
         for proof in self.proofs:
-            counts.update(proof.certified.reason[proof.certified.status == UNKNOWN].tolist())
+            reasons = proof.certified.reason[proof.certified.status == UNKNOWN].tolist()
+            counts.update(reason for reason in reasons if reason.startswith(ERROR))
         del counts[""]
         return dict(counts.most_common())
 

@@ -121,7 +121,7 @@ def fail(error: Exception) -> Callable[..., Certificate]:
             "layer 3 (Softmax) cannot be bounded",
         ),
         (fail(RuntimeError("out of memory")), "unknown", "error: RuntimeError: out of memory"),
-        (lie(label=lambda _, y: 1 - y), "unknown", "the certificate is for another label than the model's"),
+        (lie(label=lambda _, y: 1 - y), "unknown", "error: the certificate is for another label"),
         (lie(label=lambda _, y: y - y - 1), "unknown", "the certificate is for no label"),
         (lie(margin=lambda one, _: -one.margin), "unknown", "the certificate's own margin is not above 0"),
         (lie(status=lambda one, _: one.status[1:]), "unknown", "error: no certificate for 4 inputs"),
@@ -169,7 +169,7 @@ def test_a_counterexample_counts_where_the_model_agrees_strictly_inside_the_ball
     for beyond in (call, falsify(lambda x: x * torch.nan), falsify(lambda x: x)):
         found = certify_inputs(Scripted(beyond), net.model, net.x, net.y, "l2:0.099")
         assert statuses(found) == ["unknown"] * 4
-        assert set(found.reason) == {"the counterexample did not hold when the model was asked again"}
+        assert set(found.reason) == {"error: the model, asked again, denies the counterexample"}
         assert not len(found.images)
 
 

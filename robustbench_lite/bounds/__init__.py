@@ -12,3 +12,4 @@ from robustbench_lite.bounds.graph import Unbounded as Unbounded
 from robustbench_lite.bounds.graph import trace as trace
 from robustbench_lite.bounds.linear import Bounds as Bounds
 from robustbench_lite.bounds.linear import differences as differences
+from robustbench_lite.bounds.projections import estimated as estimated

@@ -40,7 +40,7 @@ def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: fl
         if not shares:
             break
         moments = moments or [(torch.zeros_like(share), torch.zeros_like(share)) for share in shares]
-        gradients = torch.autograd.grad(found.sum(), shares, materialize_grads=True)
+        gradients = torch.autograd.grad(found, shares, torch.ones_like(found), materialize_grads=True)
         _ascend(shares, gradients, moments, rate * DECAY**iteration, iteration + 1)
     return best
 

@@ -12,7 +12,7 @@ from robustbench_lite.bounds.graph import Affine, Graph, Node
 from robustbench_lite.bounds.maps import Full, Patches, Terms, dot
 from robustbench_lite.bounds.relax import Interval, Lines, Nonlinear, Rectifier, Slopes
 
-MEMORY = 16 * 2**20  # bytes that are carried back at once; more does not pay, for caches are small
+MEMORY = 4 * 2**20  # bytes that are carried back at once; more does not pay, for caches are small
 COPIES = 6  # of the widest layer's coefficients that live at once
 
 Start = tuple[Node, int]  # where functions begin, and at which turn
