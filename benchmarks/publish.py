@@ -22,8 +22,8 @@ from robustbench_lite import __version__
 HERE = Path(__file__).parent
 COMMANDS = {
     "speed": [
-        "speed/pgd.py",
-        "speed/cw.py --weights {checkpoint}",
+        "speed/pgd.py --rounds 3",
+        "speed/cw.py --rounds 3 --weights {checkpoint}",
         "speed/queries.py --weights {checkpoint}",
         "speed/patch.py",
         "speed/certify.py --weights {checkpoint}",

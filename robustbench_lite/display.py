@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -109,32 +109,34 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         title = f"Robust accuracy, % [95 % interval]: {dataset}, {norm} eps {eps:g}"
         console.print(table(title, ["defense", *ran], lines))
     wide, proved = console.width >= WIDE, bool(board["certified_accuracy"].notna().any())
-    lines = [
-        [
-            str(row["rank"]),
-            row["defense"],
-            f"{row['norm']} {row['eps']:g}",
-            str(row["examples"]),
-            percent(row["clean_accuracy"]),
-            *([_cell(row["certified_accuracy"], row["examples"] if wide else None)] if proved else []),
-            interval(row["robust_accuracy"], row["examples"]),
-            row["worst_attack"],
-            str(row["unknown"]),
-            f"{row['forwards']:.1f}",
-            f"{row['backwards']:.1f}",
-            f"{row['seconds']:.1f}",
-        ]
-        for _, row in board.iterrows()
-    ]
-    heads = ["rank", "defense", "threat", "n", "clean", *([CERTIFIED if wide else "proved"] if proved else [])]
-    heads += [ROBUST, "worst attack", "unknown"]
-    heads += ["forwards", "backwards", "seconds"] if wide else []
+    columns: dict[str, Callable[[Any], str]] = {
+        "rank": lambda row: str(row["rank"]),
+        "defense": lambda row: row["defense"],
+        "threat": lambda row: f"{row['norm']} {row['eps']:g}",
+        "n": lambda row: str(row["examples"]),
+        "clean": lambda row: percent(row["clean_accuracy"]),
+        CERTIFIED if wide else "proved": lambda row: _cell(
+            row["certified_accuracy"], row["examples"] if wide else None
+        ),
+        ROBUST: lambda row: interval(row["robust_accuracy"], row["examples"]),
+        "worst attack": lambda row: row["worst_attack"],
+        "unknown": lambda row: str(row["unknown"]),
+        "forwards": lambda row: f"{row['forwards']:.1f}",
+        "backwards": lambda row: f"{row['backwards']:.1f}",
+        "seconds": lambda row: f"{row['seconds']:.1f}",
+    }
+    hidden = set() if proved else {CERTIFIED, "proved"}
+    if not wide:  # the order says the rank, and the matrix above how each attack did
+        hidden |= {"forwards", "backwards", "seconds"} | ({"rank", "worst attack"} if proved else set())
+    heads = [head for head in columns if head not in hidden]
+    lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
     title = "Leaderboard: what survives every attack, %"
-    console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+    console.print(table(title, heads, lines))
 
 
 def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
-    """A line a defense and certifier; on a narrow screen without counts, radius and seconds."""
+    """A line a defense and certifier; on a narrow screen without interval, counts and seconds."""
+    wide = console.width >= WIDE
     lines = [
         [
             row["defense"],
@@ -142,17 +144,17 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
             f"{row['norm']} {row['eps']:g}",
             str(row["examples"]),
             percent(row["clean_accuracy"]),
-            interval(row["certified_accuracy"], row["examples"]),
+            _cell(row["certified_accuracy"], row["examples"] if wide else None),
             "" if row["mean_margin"] != row["mean_margin"] else f"{row['mean_margin']:.2f}",
-            *(str(row[status]) for status in ("verified", "falsified", "unknown", "unsupported")),
             f"{row['mean_radius']:.4f}",
+            *(str(row[status]) for status in ("verified", "falsified", "unknown", "unsupported")),
             f"{row['seconds']:.1f}",
         ]
         for _, row in certificates.iterrows()
     ]
-    heads = ["defense", "method", "threat", "n", "clean", CERTIFIED, "margin"]
-    if console.width >= WIDE:
-        heads += ["verified", "falsified", "unknown", "unsupported", "radius", "seconds"]
+    heads = ["defense", "method", "threat", "n", "clean", CERTIFIED if wide else "certified", "margin", "radius"]
+    if wide:
+        heads += ["verified", "falsified", "unknown", "unsupported", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
 

@@ -1,4 +1,4 @@
-"""PGD against the bare loop and against foolbox, in one run: what the bookkeeping costs, and what it saves.
+"""PGD against the bare loop, foolbox and torchattacks, in one run: what the bookkeeping costs, and what it saves.
 
 The bare loop is k forwards and k input-only backwards with a step and a projection after each, and nothing else. Every
 round times all contenders one after the other; the table gives medians and, for each, the median of its ratios to the
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import foolbox
 import torch
+import torchattacks
 from torch import Tensor, nn
 
 from robustbench_lite import ThreatModel, evaluate, load_defense
@@ -38,15 +39,17 @@ def bare(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tens
 
 
 def prepare(defense: str, eps: float, steps: int, x: Tensor, y: Tensor) -> dict[str, Callable[[], float]]:
-    """What is timed; each returns a robust accuracy. Foolbox gets a model as its users hand it over."""
+    """What is timed; each returns a robust accuracy. Peers get a model as their users hand it over."""
     model = load_defense(defense).requires_grad_(False)
     wrapped = foolbox.PyTorchModel(load_defense(defense), bounds=(0, 1), device="cpu")
     peer = foolbox.attacks.LinfPGD(abs_stepsize=customary_length(eps, steps), steps=steps)
+    other = torchattacks.PGD(load_defense(defense), eps=eps, alpha=customary_length(eps, steps), steps=steps)
     pgd, threat = make("attack", f"pgd:steps={steps}"), ThreatModel.parse(f"linf:{eps}")
     return {
         "bare loop": lambda: accuracy(model, bare(model, x, y, eps, steps), y),
         "robustbench-lite": lambda: float((evaluate(pgd, model, x, y, threat).status == "held").mean()),
         "foolbox": lambda: 1 - float(peer(wrapped, x, y, epsilons=eps)[2].float().mean()),
+        "torchattacks": lambda: accuracy(model, other(x, y), y),
     }
 
 
