@@ -184,14 +184,17 @@ class Problem:
     def _remember(self, x: Tensor, logits: Tensor, owners: Tensor) -> None:
         """Keeps the nearest hit of each input, if it is nearer than what the ledger has."""
         hits = Goal(self._goal.labels[owners], self._goal.targeted).met(logits).nonzero()[:, 0]
-        hits = hits[self._threat.inside(x[hits], slack=1e-5)]
         if not len(hits):
             return
-        owners = owners[hits]
+        owners, unset = owners[hits], self._ledger.distance[self._rows]
         distance = self._threat.norm.size(x[hits] - self._clean[owners])
-        unset = self._ledger.distance[self._rows]
+        nearer = (distance < unset[owners]).nonzero()[:, 0]
+        nearer = nearer[self._threat.inside(x[hits[nearer]], slack=1e-5)]
+        hits, owners, distance = hits[nearer], owners[nearer], distance[nearer]
+        if not len(hits):
+            return
         nearest = unset.scatter_reduce(0, owners, distance, "amin")
-        better = ((distance == nearest[owners]) & (distance < unset[owners])).nonzero()[:, 0]
+        better = (distance == nearest[owners]).nonzero()[:, 0]
         order = torch.full_like(self._rows, len(hits)).scatter_reduce(0, owners[better], better, "amin")
         chosen = order[order < len(hits)]
         rows = self._rows[owners[chosen]]
