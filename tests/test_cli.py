@@ -682,7 +682,7 @@ def test_certified_stands_beside_robust_in_the_same_row(bench, monkeypatch):
     for narrow in (bench("leaderboard runs"), bench(f"{CERTIFY} {SMALL}")):
         assert narrow.code == 0
         assert max(map(len, narrow.out.splitlines())) <= 80
-        assert re.search(r" clean +(proved|certified \[95 %\]) ", narrow.out, re.MULTILINE)
+        assert re.search(r" clean +(proved|certified) ", narrow.out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def ours(spec: str) -> Callable[[nn.Module, Tensor, Tensor, ThreatModel], Tensor
 
 def reference(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> Tensor:
     attacked = AutoAttack(model, norm="Linf", eps=threat.eps, seed=0, version="standard")
-    found = attacked.run_standard_evaluation(x, y, batch_size=250)
+    found, _ = attacked.run_standard_evaluation(x, y, batch_size=250)
     with torch.no_grad():
         return model(found).argmax(1) == y
 
