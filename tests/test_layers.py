@@ -27,7 +27,7 @@ LAYERS = [
         "ascent",
         "bounds",
     },  # what a plugin may import
-    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "wording"},
+    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "kernels", "wording"},
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 SHARED = RANK["plugins"]
