@@ -32,7 +32,9 @@ class Fast(AdversarialRecipe):
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
             threat = self.threat_at(epoch)
-            moved = ascend(input_gradient(model, Goal(y)), threat.sample(noise, x), x, threat, 1, 1.25 * threat.eps)
+            moved = ascend(
+                input_gradient(model, Goal(y).cross_entropy), threat.sample(noise, x), x, threat, 1, 1.25 * threat.eps
+            )
             logits = model(moved)
             return F.cross_entropy(logits, y), logits
 

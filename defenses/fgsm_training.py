@@ -34,7 +34,7 @@ class FGSMTraining(AdversarialRecipe):
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
             threat = self.threat_at(epoch)
-            logits = model(ascend(input_gradient(model, Goal(y)), x, x, threat, 1, threat.eps))
+            logits = model(ascend(input_gradient(model, Goal(y).cross_entropy), x, x, threat, 1, threat.eps))
             return (F.cross_entropy(model(x), y) + F.cross_entropy(logits, y)) / 2, logits
 
         return loss

@@ -40,7 +40,7 @@ class Madry(AdversarialRecipe):
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
             threat = self.threat_at(epoch)
             start, length = threat.sample(noise, x), customary_length(threat.eps, self.steps)
-            logits = model(ascend(input_gradient(model, Goal(y)), start, x, threat, self.steps, length))
+            logits = model(ascend(input_gradient(model, Goal(y).cross_entropy), start, x, threat, self.steps, length))
             return F.cross_entropy(logits, y), logits
 
         return loss

@@ -1,13 +1,13 @@
 """Adversarial training that says what robustness may cost in clean accuracy."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustbench_lite.ascent import ascend, customary_length
+from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.noise import Noise
 from robustbench_lite.registry import defense
 from robustbench_lite.training import AdversarialRecipe, Lab, Loss
@@ -23,7 +23,7 @@ class Trades(AdversarialRecipe):
     """
 
     steps: int = 8
-    beta: float = 1.0
+    beta: float = 6.0
 
     bibtex: ClassVar[str] = """@inproceedings{zhang2019theoretically,
   title     = {Theoretically Principled Trade-off between Robustness and Accuracy},
@@ -42,11 +42,7 @@ class Trades(AdversarialRecipe):
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
             threat = self.threat_at(epoch)
             clean = model(x)
-
-            def gradient(at: Tensor) -> Tensor:
-                at = at.detach().requires_grad_()
-                return torch.autograd.grad(divergence(clean.detach(), model(at)).sum(), at)[0]
-
+            gradient = input_gradient(model, partial(divergence, clean.detach()))
             near = x + 0.001 * noise.normal(x)  # the divergence is flat at the image itself
             logits = model(ascend(gradient, near, x, threat, self.steps, customary_length(threat.eps, self.steps)))
             return F.cross_entropy(clean, y) + self.beta * divergence(clean, logits).mean(), logits

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.threat import Goal, ThreatModel
+from robustbench_lite.kernels import ImageGradients
+from robustbench_lite.threat import ThreatModel
 
 
 def ascend(
@@ -22,11 +23,13 @@ def customary_length(eps: float, steps: int) -> float:
     return 2.5 * eps / steps
 
 
-def input_gradient(model: nn.Module, goal: Goal) -> Callable[[Tensor], Tensor]:
-    """The gradient of the goal's cross-entropy at an input; none is taken of the parameters."""
+def input_gradient(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The gradient of ``loss``, of logits (B, C) to (B,), at an input; none is taken of the parameters."""
 
     def gradient(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(goal.cross_entropy(model(x)).sum(), x)[0]
+        with ImageGradients():
+            logits = model(x)
+        return torch.autograd.grad(loss(logits).sum(), x)[0]
 
     return gradient

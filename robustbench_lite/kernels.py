@@ -15,7 +15,7 @@ class ImageGradients(TorchFunctionMode):
     """Within it, the gradient of a convolution with respect to an image is a matrix product and an overlap-add.
 
     On a CPU the library's kernel for it is made for many input channels, and an image has few: of a small classifier's
-    backward that kernel took the larger part. Convolutions that anything else than their input learns from, that have
+    backward that kernel took the larger part. The weights of such a convolution get no gradient. Convolutions that have
     groups, or more channels than an image, are left alone.
     """
 
@@ -31,12 +31,9 @@ class ImageGradients(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _suits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
-) -> bool:
-    learns = weight.requires_grad or (bias is not None and bias.requires_grad)
+def _suits(x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, dilation: Any, groups: int) -> bool:
     few = groups == 1 and weight.shape[1] <= COLOURS and x.dim() == 4
-    return few and x.requires_grad and not learns and not isinstance(padding, str) and x.device.type == "cpu"
+    return few and x.requires_grad and not isinstance(padding, str) and x.device.type == "cpu"
 
 
 class _Convolution(torch.autograd.Function):

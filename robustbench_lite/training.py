@@ -273,7 +273,9 @@ def _measure(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measur
         clean += int(right.sum())
         if threat is not None:
             start = threat.sample(lab.noise.at("measured").over(some), x)
-            moved = ascend(input_gradient(model, Goal(y)), start, x, threat, 10, customary_length(threat.eps, 10))
+            moved = ascend(
+                input_gradient(model, Goal(y).cross_entropy), start, x, threat, 10, customary_length(threat.eps, 10)
+            )
             with torch.no_grad():
                 robust += int((right & (model(moved).argmax(1) == y)).sum())
     model.train()

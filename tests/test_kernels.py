@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from robustbench_lite import kernels
+from robustbench_lite.ascent import input_gradient
 from robustbench_lite.defended import Defended, ask
 
 
@@ -57,13 +58,13 @@ def test_only_convolutions_of_images_are_taken(name: str, taken: bool, monkeypat
     assert bool(folded) == taken
 
 
-def test_weights_that_learn_keep_their_gradient() -> None:
-    layer = nn.Conv2d(1, 2, 3)
-    x = torch.rand(3, 1, 5, 5, requires_grad=True)
-    with kernels.ImageGradients():
-        layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.abs().sum() > 0
+def test_the_step_of_a_training_attack_is_the_one_that_torch_gives() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten())  # its weights want gradients
+    x = torch.rand(3, 1, 5, 5)
+    gradient = input_gradient(model, lambda logits: logits.square().sum(1))(x)
+    at = x.clone().requires_grad_()
+    model(at).square().sum().backward()
+    torch.testing.assert_close(gradient, at.grad)
 
 
 def test_a_gradient_can_be_differentiated_again() -> None:

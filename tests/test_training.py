@@ -237,7 +237,7 @@ def test_a_finished_training_is_not_begun_again(lab: Lab, tmp_path: Path):
 
 def test_the_gradient_of_an_input_leaves_the_parameters_alone():
     model, x, y = net().double(), separable().x[:3].double(), torch.tensor([0, 1, 1])
-    gradient = input_gradient(model, Goal(y))(x)
+    gradient = input_gradient(model, Goal(y).cross_entropy)(x)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert not x.requires_grad
     probe = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
