@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Slopes = Literal["adaptive", "zero", "parallel"]
@@ -62,7 +63,7 @@ class Rectifier(Nonlinear):
     slope: float = 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0, x, self.slope * x)
+        return F.leaky_relu(x, self.slope)
 
     def interval(self, inside: Interval) -> Interval:
         return Interval(self(inside.lower), self(inside.upper))
