@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustbench_lite.data import Images
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Sources
 from robustbench_lite.noise import Noise
 
 
@@ -38,7 +38,7 @@ class Lab:
 
     images: Callable[[], Images]  # the training split; read when first asked for
     noise: Noise
-    sources: Callable[[str], Defended]
+    sources: Sources  # defended models, frozen and in eval mode
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint: Path | None = None
     report: Callable[[Progress], None] = _silent
