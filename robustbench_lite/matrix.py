@@ -202,13 +202,13 @@ def benchmark(
     asked = _expand("defense", defenses or [NONE if workshop.own else "madry"])
     chains = {workshop.name(chain): chain for chain in asked}
     plan = {chain: _foreign(workshop, chain, name, pairs, watcher.note) for name, chain in chains.items()}
+    if not proving and not any(plan.values()):
+        raise ValueError("there is no attack to run")
     store = Store(Path(out), watcher.note)
     store.prepare()
     source = cache(workshop.source)
     lost = _without_source(chosen, attacks, source, watcher.note)
     plan = {chain: [pair for pair in here if pair[0] not in lost] for chain, here in plan.items()}
-    if not proving and not any(plan.values()):
-        raise ValueError("there is no attack to run")
     watcher.planned((sum(map(len, plan.values())) + len(chains) * len(proving)) * count)
     training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
     images = images.take(slice(count))

@@ -84,7 +84,7 @@ def write(value: object, hint: Any) -> str:
         return text
     if not _balanced(text):
         raise ValueError(f"wants its parentheses in pairs, not {text!r}")
-    plain = text and text == text.strip() and not set(text) & set(",:=+@()") and read(text, hint) == value
+    plain = text and text == text.strip() and not set(text) & set(",:=+()") and read(text, hint) == value
     return text if plain else f"({text})"
 
 
