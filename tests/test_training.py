@@ -1,5 +1,5 @@
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.norms import l2, linf
 from robustbench_lite.registry import make
 from robustbench_lite.threat import Goal, ThreatModel
-from robustbench_lite.training import Lab, Progress, cross_entropy, fit, shifted
+from robustbench_lite.training import Lab, Loss, Progress, Recipe, shifted
 
 
 class Killed(KeyboardInterrupt):
@@ -46,9 +46,30 @@ def net(seed: int = 0) -> nn.Module:
     return build("mlp", (1, 8, 8), 2, seed)
 
 
+@dataclass(frozen=True)
+class Told(Recipe):
+    """Minimises what it is told, by default the cross-entropy."""
+
+    epochs: int = 3
+    batch: int = 48
+    rate: float = 0.005
+    told: Loss | None = field(default=None, compare=False)
+
+    def objective(self, model: nn.Module, lab: Lab) -> Loss:
+        return self.told or cross_entropy(model)
+
+
+def cross_entropy(model: nn.Module) -> Loss:
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        logits = model(x)
+        return F.cross_entropy(logits, y), logits
+
+    return loss
+
+
 def trained(lab: Lab, seed: int = 0, **settings: Any) -> nn.Module:
     model = net(seed)
-    fit(model, lab, cross_entropy(model), **{"epochs": 3, "batch": 48, "rate": 0.005, **settings})
+    Told(**settings)(model, lab)
     return model
 
 
@@ -84,7 +105,7 @@ def test_progress_counts_every_input_once(lab: Lab):
         logits = torch.eye(2)[torch.zeros_like(y)]
         return (y == 0).double().mean() + 0 * model(x).sum(), logits
 
-    fit(model, replace(lab, report=seen.append), loss, epochs=1, batch=48)
+    Told(1, told=loss)(model, replace(lab, report=seen.append))
     assert seen[-1].loss == pytest.approx(0.5)
     assert seen[-1].accuracy == 0.5
 
@@ -98,7 +119,7 @@ def test_every_epoch_shows_every_input_once_in_another_order(lab: Lab):
         orders[int(epoch)] += noise.rows.tolist()
         return cross_entropy(model)(x, y, noise, epoch)
 
-    fit(model, lab, loss, epochs=2, batch=64)
+    Told(2, 64, told=loss)(model, lab)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(200))
     assert orders[0] != orders[1]
     assert orders[0] != list(range(200))
@@ -112,9 +133,9 @@ def test_the_noise_of_a_batch_is_keyed_by_epoch_and_input(lab: Lab):
             drawn[int(epoch), row] = number
         return cross_entropy(model)(x, y, noise, epoch)
 
-    fit(model, lab, loss, epochs=2, batch=64)
+    Told(2, 64, told=loss)(model, lab)
     small = dict(drawn)
-    fit(model, lab, loss, epochs=2, batch=200)
+    Told(2, 200, told=loss)(model, lab)
     assert drawn == small
     assert len(set(drawn.values())) == 400
 
@@ -155,8 +176,8 @@ def test_a_loss_that_is_no_number_ends_the_training(lab: Lab, poison: float):
         value, logits = cross_entropy(model)(x, y, noise, epoch)
         return value * (poison if len(calls) == 8 else 1), logits
 
-    with pytest.raises(ValueError, match=f"the loss is {poison} at epoch 2, step 3; lower rate or eps"):
-        fit(model, lab, loss, epochs=3, batch=48)
+    with pytest.raises(ValueError, match=f"the loss is {poison} at epoch 2, step 3; lower rate"):
+        Told(told=loss)(model, lab)
     assert torch.equal(weight(model), calls[-1])
 
 
@@ -244,14 +265,15 @@ def test_the_ascent_reaches_the_corner_that_a_linear_loss_points_to():
 
 
 class Watched(nn.Module):
-    """How far what the model saw of a grey image had moved."""
+    """How far what the model saw of a grey image in training had moved."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model, self.moved = net(), []
 
     def forward(self, x: Tensor) -> Tensor:
-        self.moved.append((x.detach() - 0.5).abs().max().item())
+        if self.training:
+            self.moved.append((x.detach() - 0.5).abs().max().item())
         logits: Tensor = self.model(x)
         return logits
 
