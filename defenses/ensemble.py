@@ -34,6 +34,11 @@ class Ensemble(AdversarialRecipe):
   year      = {2018}
 }"""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise ValueError("sources must name a model or more")
+
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         crafters = [*map(lab.sources, self.sources), model]
 
