@@ -1,6 +1,7 @@
 """A model behind its defense, and how it is asked: the same answer whatever the batch."""
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -41,6 +42,18 @@ class Defended(nn.Module):
             return self.forward(x)
         stand_in = self.surrogate(x)
         return self.forward(x).detach() + (stand_in - stand_in.detach())  # adds 0: not a bit of the value changes
+
+
+Sources = Callable[[str], Defended]  # a defended model by its spec, as madry:eps=0.3@mlp
+
+
+def no_sources(spec: str) -> Defended:
+    """The sources of one who gave none.
+
+    Raises:
+        ValueError: always; says what to give.
+    """
+    raise ValueError(f"nothing says which model {spec!r} is; give sources, such as robustbench_lite.load_defense")
 
 
 def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) -> Tensor:

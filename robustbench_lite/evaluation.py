@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -12,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, ask, device_of, steady
+from robustbench_lite.defended import Defended, Sources, ask, device_of, no_sources, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
-from robustbench_lite.plugins import Attack, Certifier, Learner, learns
+from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line
@@ -38,14 +39,18 @@ def evaluate(
     batch: int = 400,
     keep_all: bool = False,
     first_row: int = 0,
+    sources: Sources = no_sources,
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
     ``model`` takes images ``x`` (N, ...) in the threat's pixel range to logits; ``y`` is (N,). The answer for an input
     depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
+    ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
+    crafted on.
 
     Raises:
-        ValueError: where the model's answers are no logits for these labels, or the attack does not know the norm.
+        ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
+            wants a source that is not given.
     """
     attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
@@ -54,7 +59,11 @@ def evaluate(
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
     with frozen(defended):
-        bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
+        classes = check(defended, x, y, threat)
+        sources = checked(sources, classes, x, y, threat)
+        if crafted(attack):
+            sources(attack.source)  # what is wrong with it is the person's to know, and no result
+        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, sources)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -144,6 +153,28 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     return logits.shape[1]
 
 
+def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: ThreatModel) -> Sources:
+    """The same sources, each made once, looked at as the attacked model is, and in eval mode.
+
+    Raises:
+        ValueError: where one's answers are no logits for these labels, or for other ``classes``; when it is asked for.
+    """
+
+    @cache
+    def source(spec: str) -> Defended:
+        model: nn.Module = sources(spec)
+        defended = (model if isinstance(model, Defended) else Defended(model)).eval()
+        try:
+            known = check(defended, x, y, threat)
+        except ValueError as error:
+            raise ValueError(f"source {spec}: {error}") from error
+        if known != classes:
+            raise ValueError(f"source {spec} knows {known} classes, but the model that is attacked {classes}")
+        return defended
+
+    return source
+
+
 def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
     """The logits of clean inputs.
 
@@ -169,6 +200,7 @@ class Bench:
     target: Target | None = None
     batch: int = 400
     keep_all: bool = False
+    sources: Sources = no_sources
 
     @property
     def stride(self) -> int:
@@ -194,6 +226,7 @@ class Bench:
                 access=attack.access,
                 minimises=True,
                 batch=self.batch,
+                sources=self.sources,
             )
         )
 
@@ -268,6 +301,7 @@ class Bench:
             access=attack.access,
             minimises=minimises,
             batch=self.batch,
+            sources=self.sources,
         )
         candidates, failure = _propose(attack, problem, x)
         near = problem.distance.isfinite() & (problem.distance <= threat.reach(x))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import platform
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,4 @@ def _norms(cls: Any) -> str:
 
 
 def _settings(cls: Any) -> list[str]:
-    return [
-        f.name
-        if f.default is MISSING
-        else f"{f.name}={str(f.default).lower() if f.default in (None, True, False) else f.default}"
-        for f in fields(cls)
-        if f.init and f.compare and not f.name.startswith("_")
-    ]
+    return [name if value is None else f"{name}={value}" for name, value in registry.defaults(cls).items()]

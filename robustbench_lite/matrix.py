@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, leaderboard, registry
 from robustbench_lite.certifying import Court, searches
-from robustbench_lite.evaluation import ERROR, Bench, Target, check, frozen
+from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
-from robustbench_lite.plugins import Attack, Certifier, Learner, learns
+from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.trained import AS_IS, NONE, Inputs, Subject, Workshop
@@ -194,23 +195,29 @@ def benchmark(
         note=watcher.note,
         progress=watcher.training,
     )
-    pairs = _pairs("attack", cast(list[Attack], _chosen("attack", attacks)), threats, images, watcher.note)
+    chosen = cast(list[Attack], _chosen("attack", attacks))
+    pairs = _pairs("attack", chosen, threats, images, watcher.note)
     under = threats if threats or not pairs else list(dict.fromkeys(threat for _, threat in pairs))
     proving = _pairs("certifier", cast(list[Certifier], _chosen("certifier", certifiers)), under, images, watcher.note)
-    if not pairs and not proving:
-        raise ValueError("there is no attack to run")
     asked = _expand("defense", defenses or [NONE if workshop.own else "madry"])
-    chains = {workshop.spec(workshop.links(chain)): chain for chain in asked}.values()
+    chains = {workshop.name(chain): chain for chain in asked}
+    plan = {chain: _foreign(workshop, chain, name, pairs, watcher.note) for name, chain in chains.items()}
+    if not proving and not any(plan.values()):
+        raise ValueError("there is no attack to run")
     store = Store(Path(out), watcher.note)
     store.prepare()
-    watcher.planned(len(chains) * (len(pairs) + len(proving)) * count)
+    source = cache(workshop.source)
+    lost = _without_source(chosen, attacks, source, watcher.note)
+    plan = {chain: [pair for pair in here if pair[0] not in lost] for chain, here in plan.items()}
+    watcher.planned((sum(map(len, plan.values())) + len(chains) * len(proving)) * count)
     training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
-    runner = _Runner(images.take(slice(count)), training, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
+    images = images.take(slice(count))
+    runner = _Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
     entries, proofs = [], []
-    for chain in chains:
+    for chain, here in plan.items():
         subject = workshop.subject(chain)
         with frozen(subject.model):
-            entries += [runner.attack(subject, attack, threat) for attack, threat in pairs]
+            entries += [runner.attack(subject, attack, threat) for attack, threat in here]
             proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in proving]
     return _in_order(entries, proofs)
 
@@ -269,6 +276,7 @@ class _Runner:
 
     images: data.Images
     training: data.Images | None  # where an attack learns from it
+    source: Callable[[str, str], Subject]  # by its spec, and what asks for it
     store: Store
     seed: int
     target: Target | None
@@ -285,9 +293,11 @@ class _Runner:
         done, missing = self._stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
         self._advance(subject, attack, threat, sum(map(len, done)))
         if missing:
-            bench = Bench(
-                subject.model, threat, self._check(subject, threat), self.seed, self.target, self.batch, self.keep_all
+            classes = self._check(subject, threat)
+            sources = checked(
+                lambda spec: self.source(spec, attack.name).model, classes, self.images.x, self.images.y, threat
             )
+            bench = Bench(subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, sources)
             if learns(attack):
                 learned = self._learned(cell, bench, attack) if learned is None else learned
                 attack = replace(cast(Any, attack), learned=learned)
@@ -372,6 +382,8 @@ class _Runner:
         }
         if search is None and learns(cast(Attack, plugin)):
             identity["training"] = cast(data.Images, self.training).fingerprint
+        if search is None and crafted(cast(Attack, plugin)):
+            identity["source"] = self.source(cast(Crafted, plugin).source, plugin.name).identity
         about = {
             "dataset": self.images.name,
             "defense": subject.defense,
@@ -498,6 +510,47 @@ def _pairs(
     if not pairs:
         raise ValueError(f"none of the {kind}s runs under {', '.join(map(str, threats))}")
     return pairs
+
+
+def _foreign(
+    workshop: Workshop,
+    chain: str,
+    name: str,
+    pairs: Sequence[tuple[Attack, ThreatModel]],
+    note: Callable[[str], None],
+) -> list[tuple[Attack, ThreatModel]]:
+    """The pairs that run on a chain, of that full name: not those whose attack is crafted on this very model."""
+    own = []
+    for attack in filter(crafted, {id(attack): attack for attack, _ in pairs}.values()):
+        place, source = workshop.elsewhere(attack.source, attack.name)
+        if place.name(source) == name:
+            note(f"attack {registry.spec(attack)} is left out on {chain}, which is its source")
+            own.append(attack)
+    return [pair for pair in pairs if pair[0] not in own]
+
+
+def _without_source(
+    attacks: Sequence[Attack],
+    given: str | Sequence[str | Attack],
+    source: Callable[[str, str], Subject],
+    note: Callable[[str], None],
+) -> list[Attack]:
+    """The attacks whose source cannot be had, and that only ``all`` asked for; makes the sources of the others.
+
+    Raises:
+        ValueError: where an attack was ``given`` itself.
+    """
+    named = _chosen("attack", [one for one in ([given] if isinstance(given, str) else given) if one != "all"])
+    lost: list[Attack] = []
+    for attack in filter(crafted, attacks):
+        try:
+            source(attack.source, attack.name)
+        except ValueError as error:
+            if attack in named:
+                raise
+            note(f"attack {registry.spec(attack)} is left out: {error}")
+            lost.append(attack)
+    return lost
 
 
 def _rank(pair: tuple[Any, ThreatModel]) -> int:

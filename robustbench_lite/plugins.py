@@ -48,6 +48,16 @@ class Learner(Attack, Protocol):
         """The same attack with what it has learned; no input of ``problem`` is ever closed."""
 
 
+class Crafted(Attack, Protocol):
+    """An attack that is crafted on another model: its ``source``, which it meets at ``problem.on(source, access)``."""
+
+    source: str
+
+
+def crafted(attack: Attack) -> TypeGuard[Crafted]:
+    return hasattr(attack, "source")
+
+
 def learns(attack: Attack) -> TypeGuard[Learner]:
     return hasattr(attack, "fit")
 
@@ -55,7 +65,8 @@ def learns(attack: Attack) -> TypeGuard[Learner]:
 class Defense(Plugin, Protocol):
     """A recipe trains a model (``trains``, first in a chain); a wrapper guards one that is trained.
 
-    A recipe with a field ``eps`` of None trains at the data set's customary eps for its field ``norm``.
+    A recipe with a field ``eps`` of None trains at the data set's customary eps for its field ``norm``. What it asks
+    ``lab.sources`` for stands in a field ``sources``, a tuple of specs.
     """
 
     trains: ClassVar[bool]

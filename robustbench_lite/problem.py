@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustbench_lite.defended import Defended, ask
+from robustbench_lite.defended import Defended, Sources, ask, no_sources
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel
 
@@ -60,10 +60,11 @@ class Problem:
         budget: Budget = Budget(),
         minimises: bool = False,
         batch: int = 256,
+        sources: Sources = no_sources,
     ) -> None:
         self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
         self.classes, self._access, self._budget, self._minimises = classes, access, budget, minimises
-        self._model, self._batch = model, batch
+        self._model, self._batch, self._sources = model, batch, sources
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
 
@@ -84,6 +85,21 @@ class Problem:
         part = self[torch.arange(len(self), device=self.x.device)]
         part._minimises = True
         return part
+
+    def on(self, source: str, access: Access) -> Problem:
+        """The same inputs, goal, threat and noise on another model, with a ledger of its own where no input closes:
+        what is asked there is no query of the model that is attacked."""
+        return Problem(
+            self._sources(source),
+            self._clean,
+            self._goal,
+            self._threat,
+            self.noise,
+            classes=self.classes,
+            access=access,
+            minimises=True,
+            batch=self._batch,
+        )
 
     @property
     def open(self) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from robustbench_lite.specs import parse, read, settle, write
 from robustbench_lite.specs import split_chain as split_chain
 from robustbench_lite.specs import split_list as split_list
+from robustbench_lite.specs import split_source as split_source
 from robustbench_lite.wording import one_line, suggest
 
 Kind = Literal["attack", "defense", "certifier"]
@@ -115,25 +116,40 @@ def make(kind: Kind, text: str) -> Any:
     lacking = [field.name for field in settings.values() if _default(field) is MISSING and field.name not in texts]
     if lacking:
         raise ValueError(f"{kind} {name} needs {', '.join(lacking)}")
-    values = {setting: _named(f"{kind} {name}: {setting}", read, texts[setting], hints[setting]) for setting in texts}
+    values = {}
+    for setting, value in texts.items():
+        nested, where = _nested(settings[setting]), f"{kind} {name}: {setting}"
+        if nested:
+            values[setting] = _named(f"{where}:", make, nested, read(value, str))
+        else:
+            values[setting] = _named(where, read, value, hints[setting])
     return _named(f"{kind} {name}:", cls, **values)
 
 
 def spec(plugin: object) -> str:
     """The shortest spec that makes ``plugin`` again: its name and the settings that are not the default."""
-    cls, hints = type(plugin), get_type_hints(type(plugin))
+    cls, settings = type(plugin), _settings(type(plugin))
     texts = [
-        f"{name}={_named(f'{_name(cls)}: {name}', write, value, hints[name])}"
+        f"{name}={_text(settings[name], cls, value)}"
         for name, value in _values(plugin).items()
-        if value != _default(_settings(cls)[name])
+        if value != _default(settings[name])
     ]
     return f"{_name(cls)}:{','.join(texts)}" if texts else _name(cls)
 
 
+def defaults(cls: type) -> dict[str, str | None]:
+    """The text of every setting's default; None for a setting that has none."""
+    values = {name: (field, _default(field)) for name, field in _settings(cls).items()}
+    return {name: None if value is MISSING else _text(field, cls, value) for name, (field, value) in values.items()}
+
+
 def identity(plugin: object) -> dict[str, object]:
-    """Name, version and every setting, for keys and logs."""
-    cls = type(plugin)
-    return {"name": _name(cls), "version": getattr(cls, "version", 1), "settings": _values(plugin)}
+    """Name, version and every setting, for keys and logs; of a setting that is a plugin, its own identity."""
+    cls, values = type(plugin), _values(plugin)
+    for name, field in _settings(cls).items():
+        if _nested(field):
+            values[name] = {**identity(values[name]), "origin": origin(type(values[name]))}
+    return {"name": _name(cls), "version": getattr(cls, "version", 1), "settings": values}
 
 
 def origin(cls: type) -> str:
@@ -228,6 +244,18 @@ def _all_or_nothing() -> Iterator[None]:
 def _settings(cls: Any) -> dict[str, Field[Any]]:
     """What a spec can set; a field that is not compared is what a plugin has learned, no setting."""
     return {f.name: f for f in fields(cls) if f.init and f.compare and not f.name.startswith("_")}
+
+
+def _nested(field: Field[Any]) -> Kind | None:
+    """The kind of plugin that a setting takes: that of its default, where this is a plugin."""
+    return next((kind for kind, table in _tables.items() if type(_default(field)) in table.values()), None)
+
+
+def _text(field: Field[Any], cls: type, value: Any) -> str:
+    """What a spec says of a setting's value."""
+    if _nested(field):
+        return write(spec(value), str)
+    return str(_named(f"{_name(cls)}: {field.name}", write, value, get_type_hints(cls)[field.name]))
 
 
 def _values(plugin: object) -> dict[str, object]:

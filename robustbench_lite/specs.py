@@ -7,6 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 _COMMA = re.compile(",")
+_AT = re.compile("@")
 _PLUS = re.compile(r"\+(?=\s*[A-Za-z])")  # not the one in eps=1e+5
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -30,6 +31,12 @@ def split_list(text: str) -> list[str]:
 def split_chain(text: str) -> list[str]:
     """The specs of ``madry:eps=0.3+feature-squeezing:bits=1``, first to last."""
     return _split(text, _PLUS)
+
+
+def split_source(text: str) -> tuple[str, str | None]:
+    """The chain and the architecture of ``madry:eps=0.3@mlp``; the latter is None where none is named."""
+    *chain, last = _split(text, _AT)
+    return ("@".join(chain), last) if chain else (last, None)
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
@@ -56,6 +63,8 @@ def read(text: str, hint: Any) -> Any:
     """The value of type ``hint`` that ``text`` writes; ValueError says what the type wants."""
     kinds = _kinds(hint)
     bare = _unwrap(text)
+    if hint == tuple[str, ...]:
+        return tuple(split_list(bare))
     if bare != text and str in kinds:
         return bare
     if NoneType in kinds and text.lower() == "none":
@@ -68,6 +77,8 @@ def read(text: str, hint: Any) -> Any:
 
 def write(value: object, hint: Any) -> str:
     """The text that ``read`` turns back into ``value``; ValueError where there is none."""
+    if isinstance(value, tuple):
+        return f"({','.join(value)})"
     text = _write(value)
     if not isinstance(value, str):
         return text

@@ -72,6 +72,7 @@ class Workshop:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     note: Callable[[str], None] = _silent
     progress: Callable[[str, Progress], None] = _silent
+    asking: tuple[str, ...] = ()  # where this makes a source: what asked for it, and what asked for that
 
     @property
     def own(self) -> bool:
@@ -98,7 +99,7 @@ class Workshop:
         wrappers = links if self.own else links[1:]
         model = (Defended(self._own()) if self.own else self._trained(links[0])).eval().to(self.device)
         for wrapper in wrappers:
-            model = wrapper(model, self._lab()).eval().to(self.device)
+            model = wrapper(model, self._lab(wrapper)).eval().to(self.device)
         identity = {
             "defense": self.spec(links),
             "weights": weights_hash(model),
@@ -108,6 +109,38 @@ class Workshop:
         }
         return Subject(model, self.spec(links), self.architecture, identity)
 
+    def source(self, spec: str, asker: str) -> Subject:
+        """The defended model, frozen, for a source such as ``madry:eps=0.3@mlp``: a chain, and after an ``@`` its
+        architecture, by default this workshop's own.
+
+        Raises:
+            ValueError: as :meth:`elsewhere` does, or where training data is not there.
+        """
+        workshop, chain = self.elsewhere(spec, asker)
+        subject = workshop.subject(chain)
+        subject.model.requires_grad_(False)
+        return subject
+
+    def elsewhere(self, source: str, asker: str) -> tuple["Workshop", str]:
+        """Where a source that ``asker`` wants is made, and its chain.
+
+        Raises:
+            ValueError: for a chain or an architecture that there is not, and for a source that needs itself.
+        """
+        chain, architecture = registry.split_source(source)
+        model = architecture or (None if self.own else self.model)
+        made = replace(self, model=model, weights=None, inputs=AS_IS, asking=(*self.asking, asker))
+        try:
+            models.require(made.architecture)
+            made.links(chain)
+        except ValueError as error:
+            raise ValueError(f"source {source} of {asker}: {error}") from error
+        return made, chain
+
+    def name(self, chain: str) -> str:
+        """A chain and its architecture in full: equal for two that are trained here only if the models are."""
+        return f"{self.spec(self.links(chain))}@{self.architecture}"
+
     @staticmethod
     def spec(links: Sequence[Defense]) -> str:
         return "+".join(map(registry.spec, links)) or NONE
@@ -116,7 +149,7 @@ class Workshop:
         """A new model, trained by a recipe; a training of the same that was stopped goes on where it was."""
         checkpoint = self._cached(recipe, seed, "checkpoint")
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        name, lab = registry.spec(recipe), self._lab(seed)
+        name, lab = self._called(recipe), self._lab(recipe, seed)
         lab = replace(lab, checkpoint=checkpoint, report=lambda at: self.progress(name, at))
         defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
         checkpoint.unlink(missing_ok=True)
@@ -144,7 +177,18 @@ class Workshop:
                 raise ValueError(f"defense {link.name} trains a model, but {why}")
             if not link.trains and place < recipes:
                 raise ValueError(f"defense {link.name} guards a trained model; write standard+{link.name}")
+            if self._at(link) in self.asking:
+                raise ValueError(f"it needs itself: {' > '.join([*self.asking, self._at(link)])}")
+            for source in getattr(link, "sources", ()):
+                self.elsewhere(source, self._at(link))
         return links
+
+    def _at(self, link: Defense) -> str:
+        return f"{registry.spec(link)}@{self.architecture}"
+
+    def _called(self, recipe: Defense) -> str:
+        """What a training is called where people see it."""
+        return self._at(recipe) if self.asking else registry.spec(recipe)
 
     def _own(self) -> nn.Module:
         """The user's model, with its weights and from [0, 1] to logits."""
@@ -185,7 +229,7 @@ class Workshop:
             model = models.build(self.architecture, self.shape, self.classes)
             fill(model, file)
             return Defended(model)
-        self.note(f"{registry.spec(recipe)} on {self.dataset} does not ship: training it once, into {file}")
+        self.note(f"{self._called(recipe)} on {self.dataset} does not ship: training it once, into {file}")
         defended = self.train(recipe)
         save(defended.model, file)
         return defended
@@ -200,15 +244,25 @@ class Workshop:
         made_of = {
             "data": self.training.fingerprint,
             "model": self.architecture,
-            "recipe": _identity(recipe),
+            "recipe": self._made_of(recipe),
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         return data.cache_dir() / "trained" / f"{key}.{suffix}"
 
-    def _lab(self, seed: int = 0) -> Lab:
+    def _made_of(self, recipe: Defense) -> dict[str, Any]:
+        """The identity of a recipe, with that of its sources for what they are called."""
+        identity = _identity(recipe)
+        if sources := getattr(recipe, "sources", ()):
+            places = [self.elsewhere(source, self._at(recipe)) for source in sources]
+            identity["settings"]["sources"] = [
+                [place.architecture, *map(place._made_of, place.links(chain))] for place, chain in places
+            ]
+        return identity
+
+    def _lab(self, link: Defense, seed: int = 0) -> Lab:
         noise = Noise(seed, torch.zeros(1, dtype=torch.int64))
-        return Lab(lambda: self.training, noise, lambda chain: self.subject(chain).model, self.device)
+        return Lab(lambda: self.training, noise, lambda spec: self.source(spec, self._at(link)).model, self.device)
 
 
 def load_defense(
@@ -221,14 +275,17 @@ def load_defense(
 ) -> Defended:
     """A defended model in eval mode, images in [0, 1] to logits: shipped, from the cache, or trained once.
 
+    ``defense`` may name its architecture, as ``madry@mlp``.
+
     Raises:
         ValueError: for an unknown defense, or training data that is neither there nor to be had.
     """
     folder = None if data_dir is None else Path(data_dir)
     test = data.load(dataset, "test", folder)
     place = torch.device(device)
-    workshop = Workshop(dataset, test.shape, test.classes, data_dir=folder, model=model, device=place)
-    return workshop.subject(defense).model
+    chain, architecture = registry.split_source(defense)
+    workshop = Workshop(dataset, test.shape, test.classes, data_dir=folder, model=architecture or model, device=place)
+    return workshop.subject(chain).model
 
 
 def complete(recipe: Any, dataset: str) -> Any:

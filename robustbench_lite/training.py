@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robustbench_lite import registry
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.data import SOURCES, Images
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Defended, Sources
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel, find_norm
 
@@ -55,7 +55,7 @@ class Lab:
 
     images: Callable[[], Images]  # the training split; read when first asked for
     noise: Noise
-    sources: Callable[[str], Defended]
+    sources: Sources  # defended models, frozen and in eval mode
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint: Path | None = None
     report: Callable[[Progress], None] = _silent

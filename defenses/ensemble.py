@@ -1,0 +1,53 @@
+"""Adversarial training on what fools other models."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robustbench_lite.ascent import ascend, input_gradient
+from robustbench_lite.noise import Noise
+from robustbench_lite.registry import defense
+from robustbench_lite.threat import Goal
+from robustbench_lite.training import AdversarialRecipe, Lab, Loss
+
+
+@defense("ensemble")
+@dataclass(frozen=True)
+class Ensemble(AdversarialRecipe):
+    """Trains on every batch and on what FGSM makes of it, in equal parts (Tramer et al., 2018, section 3.4).
+
+    Each batch draws the model that FGSM sees: one of the ``sources``, defenses trained beforehand that change no more,
+    or the model in training. A step leads away from what that model says, be it wrong, so that no step tells the label.
+    """
+
+    epochs: int = 12
+    sources: tuple[str, ...] = ("standard@cnn", "standard@mlp")
+
+    bibtex: ClassVar[str] = """@inproceedings{tramer2018ensemble,
+  title     = {Ensemble Adversarial Training: Attacks and Defenses},
+  author    = {Florian Tram{\\`e}r and Alexey Kurakin and Nicolas Papernot and Ian Goodfellow and Dan Boneh and
+               Patrick McDaniel},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2018}
+}"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise ValueError("sources must name a model or more")
+
+    def objective(self, model: nn.Module, lab: Lab) -> Loss:
+        crafters = [*map(lab.sources, self.sources), model]
+
+        def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+            threat = self.threat_at(epoch)
+            crafter = crafters[int(noise.at("crafter")[:1].integers(len(crafters), torch.empty(1, 1)))]
+            with torch.no_grad():
+                said = Goal(crafter(x).argmax(1))
+            logits = model(ascend(input_gradient(crafter, said.cross_entropy), x, x, threat, 1, threat.eps))
+            return (F.cross_entropy(model(x), y) + F.cross_entropy(logits, y)) / 2, logits
+
+        return loss
