@@ -15,7 +15,7 @@ from robustbench_lite import registry
 from robustbench_lite.defended import Defended, ask, device_of, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack, Certifier, Learner, learns
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
@@ -136,6 +136,7 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(1)).nonzero()[0])
         raise ValueError(f"the model returns NaN or infinite logits, first for input {row}")
+    logits = logits[:, : logits.shape[1] - model.detects]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
     if int(y.max()) >= logits.shape[1]:
@@ -144,8 +145,14 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     return logits.shape[1]
 
 
+def predicted(model: Defended, answers: Tensor) -> Tensor:
+    """The labels that a model's answers say, (B,); ``REJECTED`` where its detector does."""
+    label = answers.argmax(1)
+    return torch.where(label == answers.shape[1] - 1, REJECTED, label) if model.detects else label
+
+
 def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The logits of clean inputs.
+    """The answers to clean inputs, see :meth:`Defended.answer`.
 
     Raises:
         ValueError: where they are not finite.
@@ -208,14 +215,15 @@ class Bench:
         began, count = time.perf_counter(), len(x)
         device = device_of(self.model)
         x, y = x.to(device), y.to(device)
-        logits = predict(self.model, x, rows, self.batch)
-        goal, right = self._goal(logits, y, rows), logits.argmax(1) == y
+        answers = predict(self.model, x, rows, self.batch)
+        clean = predicted(self.model, answers)
+        goal, right = self._goal(answers, y, rows), clean == y
         skipped = right & (goal.labels == y) if goal.targeted else torch.zeros_like(right)
         attacked = right & ~skipped
         columns: dict[str, Any] = {
             "row": rows.numpy(),
             "label": y.cpu().numpy(),
-            "clean": logits.argmax(1).cpu().numpy(),
+            "clean": clean.cpu().numpy(),
             "adversarial": np.full(count, -1),
             "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
             "reason": np.full(count, "", dtype=f"U{REASON}"),
@@ -238,13 +246,13 @@ class Bench:
             images=points[torch.from_numpy(imaged)].float().cpu().numpy(),
         )
 
-    def _goal(self, logits: Tensor, y: Tensor, rows: Tensor) -> Goal:
+    def _goal(self, answers: Tensor, y: Tensor, rows: Tensor) -> Goal:
         if self.target is None:
             return Goal(y)
         if self.target == "next":
             return Goal((y + 1) % self.classes, targeted=True)
         if self.target == "least-likely":
-            return Goal(logits.argmin(1), targeted=True)
+            return Goal(answers[:, : self.classes].argmin(1), targeted=True)
         if self.target == "random":
             ahead = 1 + Noise(self.seed, rows).at("target").integers(self.classes - 1, y.unsqueeze(1))[:, 0]
             return Goal((y + ahead) % self.classes, targeted=True)
@@ -277,23 +285,26 @@ class Bench:
         reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
 
         label, points = torch.full_like(y, -1), x.clone()
-        distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
         for proposed, valid in ((candidates, admissible), (problem.best, near)):
             strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
             with torch.no_grad():
-                logits = ask(self.model, strict, self.batch)
-            size = threat.norm.size(strict.double() - x.double())
-            better = valid & goal.met(logits) & (size < distance)
-            label = torch.where(better | (valid & (label < 0) & logits.isfinite().all(1)), logits.argmax(1), label)
-            points[better], distance[better] = strict[better], size[better]
-        broken = distance.isfinite().cpu().numpy()
-        reason[(reason == "") & (label < 0).cpu().numpy()] = "the model answered the attack with NaN or infinite logits"
+                answers = ask(self.model, strict, self.batch)
+            size, says = threat.norm.size(strict.double() - x.double()), predicted(self.model, answers)
+            better = valid & goal.met(goal.seen(answers, self.classes)) & ~(hit & (size >= distance))
+            first = better | (valid & (label == -1) & answers.isfinite().all(1))
+            label, distance = torch.where(first, says, label), torch.where(first, size, distance)
+            points[better], hit = strict[better], hit | better
+        broken = hit.cpu().numpy()
+        reason[(reason == "") & (label == -1).cpu().numpy()] = (
+            "the model answered the attack with NaN or infinite logits"
+        )
         reason[broken] = ""
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,
             "adversarial": label.cpu().numpy(),
-            "distance": np.where(broken, distance.cpu().numpy(), np.nan),
+            "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,
