@@ -47,10 +47,16 @@ class Defended(nn.Module):
         return self.model.rejection(x) if isinstance(self.model, Defended) else None
 
     @property
+    def threshold(self) -> float | None:
+        """Above what a detector's statistic is rejected, for the tables; None where there is no detector."""
+        if type(self).rejection is not Defended.rejection:
+            return 0.0
+        return self.model.threshold if isinstance(self.model, Defended) else None
+
+    @property
     def detects(self) -> bool:
         """Whether there is a detector."""
-        within = isinstance(self.model, Defended) and self.model.detects
-        return within or type(self).rejection is not Defended.rejection
+        return self.threshold is not None
 
     def answer(self, x: Tensor, differentiable: bool = False) -> Tensor:
         """Logits, (B, C); with a detector (B, C + 1), the last of "rejected": the largest logit plus the score."""

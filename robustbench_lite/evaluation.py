@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -38,11 +38,13 @@ def evaluate(
     batch: int = 400,
     keep_all: bool = False,
     first_row: int = 0,
+    adaptive: bool = True,
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
     ``model`` takes images ``x`` (N, ...) in the threat's pixel range to logits; ``y`` is (N,). The answer for an input
     depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
+    Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
 
     Raises:
         ValueError: where the model's answers are no logits for these labels, or the attack does not know the norm.
@@ -53,8 +55,11 @@ def evaluate(
     if learns(attack) and attack.learned is None:
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
+    if not adaptive and not isinstance(defended.model, Defended):
+        raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
-        bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all)
+        bench = Bench(defended, threat, check(defended, x, y, threat), seed, target, batch, keep_all, adaptive)
+        check(bench.known, x, y, threat)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -167,7 +172,8 @@ def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Bench:
-    """A defended model set up to be attacked, piece by piece."""
+    """A defended model set up to be attacked, piece by piece; unless ``adaptive`` by one who is blind to its last
+    wrapper."""
 
     model: Defended
     threat: ThreatModel
@@ -176,6 +182,12 @@ class Bench:
     target: Target | None = None
     batch: int = 400
     keep_all: bool = False
+    adaptive: bool = True
+
+    @property
+    def known(self) -> Defended:
+        """The model that the attack is run on."""
+        return self.model if self.adaptive else cast(Defended, self.model.model)
 
     @property
     def stride(self) -> int:
@@ -189,10 +201,10 @@ class Bench:
         device = device_of(self.model)
         x, y = x[rows].to(device), y[rows].to(device)
         with torch.no_grad():
-            goal = self._goal(ask(self.model, x, self.batch), y, rows)
+            goal = self._goal(ask(self.known, x, self.batch), y, rows)
         return attack.fit(
             Problem(
-                self.model,
+                self.known,
                 x,
                 goal,
                 self.threat,
@@ -267,7 +279,7 @@ class Bench:
         minimises = getattr(attack, "minimises", False)
         threat = replace(self.threat, eps=float("inf")) if minimises else self.threat
         problem = Problem(
-            self.model,
+            self.known,
             x,
             goal,
             threat,
@@ -282,7 +294,8 @@ class Bench:
         admissible = threat.allows(candidates, x)
         reason = np.array([failure or given_up for given_up in problem.reasons], dtype=f"U{REASON}")
         reason[(reason == "") & ~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
-        reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
+        found = near.cpu().numpy()
+        reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
         label, points = torch.full_like(y, -1), x.clone()
         distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
