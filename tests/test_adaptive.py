@@ -143,6 +143,6 @@ def test_both_gives_two_rows_that_are_stored_apart(tmp_path: Path):
 @pytest.mark.parametrize(("adaptive", "defenses"), [("off", [SMOOTH, "none"]), ("both", ["none"]), ("yes", [SMOOTH])])
 def test_what_cannot_be_blind_is_refused(tmp_path: Path, adaptive: str, defenses: list[str]):
     with pytest.raises(
-        ValueError, match="none has no wrapper that an attack could be blind to|on, off, both, not 'yes'"
+        ValueError, match=r"none has no wrapper that an attack could be blind to|on, off, both, not 'yes'"
     ):
         benchmark("fgsm", defenses, adaptive=adaptive, out=tmp_path, **SETTINGS)

@@ -233,8 +233,8 @@ def test_models_of_one_name_are_not_mixed():
 def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
-        "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy certified_low"
-        " certified_high robust_accuracy robust_low robust_high worst_attack attacks"
+        "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
+        " certified_low certified_high robust_accuracy robust_low robust_high worst_attack attacks"
         " certifiers detection_rate false_positives threshold unknown forwards backwards seconds seed version"
     )
 
