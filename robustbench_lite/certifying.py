@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustbench_lite import registry
 from robustbench_lite.certificate import Certificate
 from robustbench_lite.defended import Defended, ask, device_of
-from robustbench_lite.evaluation import ERROR, REASON, check, frozen, predict, require_norm
+from robustbench_lite.evaluation import ERROR, REASON, check, frozen, predict, predicted, require_norm
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import CHUNK, FALSIFIED, UNKNOWN, UNSUPPORTED, VERIFIED, WRONG, Certified
@@ -76,7 +76,7 @@ class Court:
         """What is proved of inputs; of those that the model gets wrong nothing is asked."""
         began, count = time.perf_counter(), len(x)
         x, y = x.to(device_of(self.model)), y.to(device_of(self.model))
-        clean = predict(self.model, x, rows, count).argmax(1)
+        clean = predicted(self.model, predict(self.model, x, rows, count))
         right = clean == y
         columns: dict[str, Any] = {
             "row": rows.numpy(),
@@ -130,6 +130,8 @@ class Court:
         That it does not cover the model, or falls over, is a result, not ours to raise.
         """
         threat, nothing = replace(self.threat, eps=eps), _Answer.nothing(x)
+        if self.model.detects:
+            return nothing.end(slice(None), UNSUPPORTED, "it has a detector, of which nothing is proved")
         try:
             given = self.certifier(self.model, x, y, threat, Noise(self.seed, rows))
         except ValueError as error:

@@ -18,7 +18,8 @@ class Defended(nn.Module):
     """Images in the threat model's range to logits; normalisation is its own business.
 
     A defense that is not differentiable overrides :meth:`surrogate` as well as :meth:`forward`: attacks then see the
-    value of the one and the gradient of the other (BPDA; Athalye, Carlini & Wagner, 2018, section 4.1).
+    value of the one and the gradient of the other (BPDA; Athalye, Carlini & Wagner, 2018, section 4.1). One that can
+    refuse to answer overrides :meth:`rejection`.
     """
 
     least: int = ROUND  # rows below which a batch is padded, see :func:`steady`
@@ -41,7 +42,35 @@ class Defended(nn.Module):
         if type(self).surrogate is Defended.surrogate:
             return self.forward(x)
         stand_in = self.surrogate(x)
-        return self.forward(x).detach() + (stand_in - stand_in.detach())  # adds 0: not a bit of the value changes
+        return straight_through(self.forward(x), stand_in)
+
+    def rejection(self, x: Tensor) -> Tensor | None:
+        """A detector's score, (B,), above 0 where the input is rejected, differentiable by way of a surrogate; by
+        default that of the model within, if it has one."""
+        return self.model.rejection(x) if isinstance(self.model, Defended) else None
+
+    @property
+    def threshold(self) -> float | None:
+        """Above what a detector's statistic is rejected, for the tables; None where there is no detector."""
+        if type(self).rejection is not Defended.rejection:
+            return 0.0
+        return self.model.threshold if isinstance(self.model, Defended) else None
+
+    @property
+    def detects(self) -> bool:
+        """Whether there is a detector."""
+        return self.threshold is not None
+
+    def answer(self, x: Tensor, differentiable: bool = False) -> Tensor:
+        """Logits, (B, C); with a detector (B, C + 1), the last of "rejected": the largest logit plus the score."""
+        logits = self.differentiable(x) if differentiable else self.forward(x)
+        score = self.rejection(x)
+        return logits if score is None else torch.cat([logits, (logits.amax(1) + score).unsqueeze(1)], 1)
+
+
+def straight_through(value: Tensor, stand_in: Tensor) -> Tensor:
+    """``value``, not a bit of it changed, with the gradient of ``stand_in``."""
+    return value.detach() + (stand_in - stand_in.detach())
 
 
 Sources = Callable[[str], Defended]  # a defended model by its spec, as madry:eps=0.3@mlp
@@ -57,8 +86,8 @@ def no_sources(spec: str) -> Defended:
 
 
 def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) -> Tensor:
-    """Logits of any number of inputs, sent in even pieces of about ``batch`` rows, padded to ``model.least``."""
-    call = model.differentiable if differentiable else model.forward
+    """What the model answers to any number of inputs, sent in even pieces of about ``batch`` rows, padded to
+    ``model.least``: logits, or those and one of "rejected", see :meth:`Defended.answer`."""
     kernels = ImageGradients() if differentiable else nullcontext()
     limit = min(batch, CACHED) if x.device.type == "cpu" else batch
     even = math.ceil(len(x) / max(1, math.ceil(len(x) / limit)) / ROUND) * ROUND
@@ -68,7 +97,7 @@ def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) ->
         # A copy even where nothing is missing: a model that works in place must not change what is judged.
         padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
         with kernels:
-            answers.append(call(padded)[: len(piece)])
+            answers.append(model.answer(padded, differentiable)[: len(piece)])
     return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
@@ -85,12 +114,12 @@ def steady(model: Defended, x: Tensor) -> int:
     """
     rows = x[torch.arange(CACHED, device=x.device) % len(x)]
     with torch.no_grad():
-        whole = model.forward(rows.clone())
+        whole = model.answer(rows.clone())
 
         def same(size: int) -> bool:
             """Whether pieces of so many rows get the answers that they get together; what is left over is not asked."""
             pieces = rows.split(size)[: CACHED // size]
-            answers = torch.cat([model.forward(piece.clone()) for piece in pieces])
+            answers = torch.cat([model.answer(piece.clone()) for piece in pieces])
             return torch.equal(answers, whole[: len(answers)])
 
         for least in (ROUND, 2 * ROUND, 4 * ROUND, 8 * ROUND):

@@ -99,21 +99,21 @@ def interval(fraction: float, examples: int) -> str:
 def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) -> None:
     """A matrix for each threat model, then the leaderboard; on a narrow screen without what it cost."""
     keys = ["dataset", "norm", "eps"]
-    attacks = [column for column in matrix.columns if column not in (*keys, "defense")]
+    attacks = [column for column in matrix.columns if column not in (*keys, "defense", "adaptive")]
     for (dataset, norm, eps), block in matrix.groupby(keys, sort=False):
         ran = [attack for attack in attacks if block[attack].notna().any()]
         here = board[(board["dataset"] == dataset) & (board["norm"] == norm) & (board["eps"] == eps)]
         examples = here.groupby("defense")["examples"].min().to_dict()
         lines = [
-            [row["defense"], *(_cell(row[attack], examples[row["defense"]]) for attack in ran)]
+            [_defense(row), *(_cell(row[attack], examples[row["defense"]]) for attack in ran)]
             for _, row in block.iterrows()
         ]
         title = f"Robust accuracy, % [95 % interval]: {dataset}, {norm} eps {eps:g}"
         console.print(table(title, ["defense", *ran], lines))
     wide, proved = console.width >= WIDE, bool(board["certified_accuracy"].notna().any())
     columns: dict[str, Callable[[Any], str]] = {
-        "rank": lambda row: str(row["rank"]),
-        "defense": lambda row: row["defense"],
+        "rank": lambda row: str(row["rank"]) if row["adaptive"] else "",
+        "defense": _defense,
         "threat": lambda row: f"{row['norm']} {row['eps']:g}",
         "n": lambda row: str(row["examples"]),
         "clean": lambda row: percent(row["clean_accuracy"]),
@@ -122,12 +122,17 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         ),
         ROBUST: lambda row: interval(row["robust_accuracy"], row["examples"]),
         "worst attack": lambda row: row["worst_attack"],
+        "detected": lambda row: _cell(row["detection_rate"], None),
+        "false pos.": lambda row: _cell(row["false_positives"], None),
+        "threshold": lambda row: "" if row["threshold"] != row["threshold"] else f"{row['threshold']:.4f}",
         "unknown": lambda row: str(row["unknown"]),
         "forwards": lambda row: f"{row['forwards']:.1f}",
         "backwards": lambda row: f"{row['backwards']:.1f}",
         "seconds": lambda row: f"{row['seconds']:.1f}",
     }
     hidden = set() if proved else {CERTIFIED, "proved"}
+    if not wide or not board["threshold"].notna().any():
+        hidden |= {"detected", "false pos.", "threshold"}
     if not wide:  # the order says the rank, and the matrix above how each attack did
         hidden |= {"forwards", "backwards", "seconds"} | ({"rank", "worst attack"} if proved else set())
     heads = [head for head in columns if head not in hidden]
@@ -159,6 +164,10 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
         heads += ["verified", "falsified", "unknown", "unsupported", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+
+
+def _defense(row: Any) -> str:
+    return str(row["defense"] if row["adaptive"] else f"{row['defense']} (blind attacks)")
 
 
 def _cell(fraction: float, examples: int | None) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from robustbench_lite import registry
 from robustbench_lite.defended import Defended, Sources, ask, device_of, no_sources, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
@@ -39,12 +39,14 @@ def evaluate(
     batch: int = 400,
     keep_all: bool = False,
     first_row: int = 0,
+    adaptive: bool = True,
     sources: Sources = no_sources,
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
     ``model`` takes images ``x`` (N, ...) in the threat's pixel range to logits; ``y`` is (N,). The answer for an input
     depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
+    Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
     ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
     crafted on.
 
@@ -58,12 +60,15 @@ def evaluate(
     if learns(attack) and attack.learned is None:
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
+    if not adaptive and not isinstance(defended.model, Defended):
+        raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
         classes = check(defended, x, y, threat)
         sources = checked(sources, classes, x, y, threat)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
-        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, sources)
+        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources)
+        check(bench.known, x, y, threat)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -145,6 +150,7 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     if not logits.isfinite().all():
         row = int((~logits.isfinite().all(1)).nonzero()[0])
         raise ValueError(f"the model returns NaN or infinite logits, first for input {row}")
+    logits = logits[:, : logits.shape[1] - model.detects]
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-3).all()):
         raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
     if int(y.max()) >= logits.shape[1]:
@@ -175,8 +181,14 @@ def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: Threat
     return source
 
 
+def predicted(model: Defended, answers: Tensor) -> Tensor:
+    """The labels that a model's answers say, (B,); ``REJECTED`` where its detector does."""
+    label = answers.argmax(1)
+    return torch.where(label == answers.shape[1] - 1, REJECTED, label) if model.detects else label
+
+
 def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The logits of clean inputs.
+    """The answers to clean inputs, see :meth:`Defended.answer`.
 
     Raises:
         ValueError: where they are not finite.
@@ -191,7 +203,8 @@ def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Bench:
-    """A defended model set up to be attacked, piece by piece."""
+    """A defended model set up to be attacked, piece by piece; unless ``adaptive`` by one who is blind to its last
+    wrapper."""
 
     model: Defended
     threat: ThreatModel
@@ -200,7 +213,13 @@ class Bench:
     target: Target | None = None
     batch: int = 400
     keep_all: bool = False
+    adaptive: bool = True
     sources: Sources = no_sources
+
+    @property
+    def known(self) -> Defended:
+        """The model that the attack is run on."""
+        return self.model if self.adaptive else cast(Defended, self.model.model)
 
     @property
     def stride(self) -> int:
@@ -214,10 +233,10 @@ class Bench:
         device = device_of(self.model)
         x, y = x[rows].to(device), y[rows].to(device)
         with torch.no_grad():
-            goal = self._goal(ask(self.model, x, self.batch), y, rows)
+            goal = self._goal(ask(self.known, x, self.batch), y, rows)
         return attack.fit(
             Problem(
-                self.model,
+                self.known,
                 x,
                 goal,
                 self.threat,
@@ -241,14 +260,15 @@ class Bench:
         began, count = time.perf_counter(), len(x)
         device = device_of(self.model)
         x, y = x.to(device), y.to(device)
-        logits = predict(self.model, x, rows, self.batch)
-        goal, right = self._goal(logits, y, rows), logits.argmax(1) == y
+        answers = predict(self.model, x, rows, self.batch)
+        clean = predicted(self.model, answers)
+        goal, right = self._goal(answers, y, rows), clean == y
         skipped = right & (goal.labels == y) if goal.targeted else torch.zeros_like(right)
         attacked = right & ~skipped
         columns: dict[str, Any] = {
             "row": rows.numpy(),
             "label": y.cpu().numpy(),
-            "clean": logits.argmax(1).cpu().numpy(),
+            "clean": clean.cpu().numpy(),
             "adversarial": np.full(count, -1),
             "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
             "reason": np.full(count, "", dtype=f"U{REASON}"),
@@ -271,13 +291,13 @@ class Bench:
             images=points[torch.from_numpy(imaged)].float().cpu().numpy(),
         )
 
-    def _goal(self, logits: Tensor, y: Tensor, rows: Tensor) -> Goal:
+    def _goal(self, answers: Tensor, y: Tensor, rows: Tensor) -> Goal:
         if self.target is None:
             return Goal(y)
         if self.target == "next":
             return Goal((y + 1) % self.classes, targeted=True)
         if self.target == "least-likely":
-            return Goal(logits.argmin(1), targeted=True)
+            return Goal(answers[:, : self.classes].argmin(1), targeted=True)
         if self.target == "random":
             ahead = 1 + Noise(self.seed, rows).at("target").integers(self.classes - 1, y.unsqueeze(1))[:, 0]
             return Goal((y + ahead) % self.classes, targeted=True)
@@ -292,7 +312,7 @@ class Bench:
         minimises = getattr(attack, "minimises", False)
         threat = replace(self.threat, eps=float("inf")) if minimises else self.threat
         problem = Problem(
-            self.model,
+            self.known,
             x,
             goal,
             threat,
@@ -308,26 +328,30 @@ class Bench:
         admissible = threat.allows(candidates, x)
         reason = np.array([failure or given_up for given_up in problem.reasons], dtype=f"U{REASON}")
         reason[(reason == "") & ~admissible.cpu().numpy()] = "the attack returned a point outside the threat model"
-        reason[near.cpu().numpy()] = "what the attack found did not hold when the model was asked again"
+        found = near.cpu().numpy()
+        reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
         label, points = torch.full_like(y, -1), x.clone()
-        distance = torch.full((len(x),), torch.inf, dtype=torch.float64, device=x.device)
+        distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
         for proposed, valid in ((candidates, admissible), (problem.best, near)):
             strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
             with torch.no_grad():
-                logits = ask(self.model, strict, self.batch)
-            size = threat.norm.size(strict.double() - x.double())
-            better = valid & goal.met(logits) & (size < distance)
-            label = torch.where(better | (valid & (label < 0) & logits.isfinite().all(1)), logits.argmax(1), label)
-            points[better], distance[better] = strict[better], size[better]
-        broken = distance.isfinite().cpu().numpy()
-        reason[(reason == "") & (label < 0).cpu().numpy()] = "the model answered the attack with NaN or infinite logits"
+                answers = ask(self.model, strict, self.batch)
+            size, says = threat.norm.size(strict.double() - x.double()), predicted(self.model, answers)
+            better = valid & goal.met(goal.seen(answers, self.classes)) & ~(hit & (size >= distance))
+            first = better | (valid & (label == -1) & answers.isfinite().all(1))
+            label, distance = torch.where(first, says, label), torch.where(first, size, distance)
+            points[better], hit = strict[better], hit | better
+        broken = hit.cpu().numpy()
+        reason[(reason == "") & (label == -1).cpu().numpy()] = (
+            "the model answered the attack with NaN or infinite logits"
+        )
         reason[broken] = ""
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,
             "adversarial": label.cpu().numpy(),
-            "distance": np.where(broken, distance.cpu().numpy(), np.nan),
+            "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,

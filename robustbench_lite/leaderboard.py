@@ -14,6 +14,7 @@ from robustbench_lite.outcome import (
     BROKEN,
     FALSIFIED,
     HELD,
+    REJECTED,
     SKIPPED,
     UNKNOWN,
     UNSUPPORTED,
@@ -35,6 +36,7 @@ LEADERBOARD = (
     "parameters",
     "norm",
     "eps",
+    "adaptive",
     "examples",
     "clean_accuracy",
     "certified_accuracy",
@@ -46,6 +48,9 @@ LEADERBOARD = (
     "worst_attack",
     "attacks",
     "certifiers",
+    "detection_rate",
+    "false_positives",
+    "threshold",
     "unknown",
     "forwards",
     "backwards",
@@ -80,6 +85,9 @@ CERTIFICATES = (
 )
 
 
+_NO_DETECTOR = {"detection_rate": np.nan, "false_positives": np.nan}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """A defended model under one threat model, for one attack or certifier."""
@@ -91,6 +99,7 @@ class Setting:
     norm: str
     eps: float
     seed: int
+    adaptive: bool = True  # or the attack was blind to the last wrapper
     subject: str = ""  # tells apart models, and data, that go by one name
 
     kind: ClassVar[str]
@@ -122,6 +131,7 @@ class Entry(Setting):
 
     attack: str
     outcome: Outcome
+    threshold: float | None = None  # of a detector
     learned: NDArray[np.float32] | None = None  # by the attack from training data: a patch (C, h, w)
 
     kind = "attack"
@@ -160,11 +170,23 @@ def unknown(outcomes: Sequence[Outcome]) -> NDArray[np.bool_]:
     return np.logical_and(np.array([o.status == UNKNOWN for o in outcomes]).any(0), ~fooled)
 
 
+def detection(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """What a detector did: the ``detection_rate``, of the correctly classified inputs that it rejected under attack or
+    that were broken; ``false_positives``, the share of clean inputs that it rejected."""
+    broken = np.array([o.fooled for o in outcomes]).any(0)
+    rejected = np.array([o.adversarial == REJECTED for o in outcomes]).any(0) & ~broken
+    count = int(rejected.sum() + broken.sum())
+    return {
+        "detection_rate": float(rejected.sum() / count) if count else np.nan,
+        "false_positives": float((outcomes[0].clean == REJECTED).mean()),
+    }
+
+
 def _groups(entries: Iterable[Entry]) -> list[list[Entry]]:
     """The entries of each leaderboard row, cut to the inputs that all of them have."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(entry.row, []).append(entry)
+        groups.setdefault((*entry.row, entry.adaptive), []).append(entry)
     cut = []
     for group in groups.values():
         common = reduce(np.intersect1d, [entry.outcome.row for entry in group])
@@ -198,7 +220,8 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
     """A row a (data set, threat model, defense), best first; the columns are those of ``LEADERBOARD``.
 
     Accuracies are fractions of the examples; ``_low`` and ``_high`` are their 95 % Wilson interval;
-    ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs.
+    ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs. A row of
+    attacks that are blind to the defense is not ``adaptive``, and has no rank.
     """
     import pandas as pd
 
@@ -217,6 +240,7 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
                 "parameters": first.parameters,
                 "norm": first.norm,
                 "eps": first.eps,
+                "adaptive": first.adaptive,
                 "examples": count,
                 "clean_accuracy": float((outcomes[0].status != WRONG).mean()),
                 **_bound(first.row, outcomes[0].row, proofs),
@@ -225,6 +249,8 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
                 "robust_high": high,
                 "worst_attack": worst.attack,
                 "attacks": "; ".join(entry.attack for entry in group),
+                **(_NO_DETECTOR if first.threshold is None else detection(outcomes)),
+                "threshold": np.nan if first.threshold is None else first.threshold,
                 "unknown": int(unknown(outcomes).sum()),
                 "forwards": float(np.sum([outcome.forwards for outcome in outcomes], axis=0).mean()),
                 "backwards": float(np.sum([outcome.backwards for outcome in outcomes], axis=0).mean()),
@@ -235,7 +261,8 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
         )
     board = pd.DataFrame(table, columns=list(LEADERBOARD))
     keys = ["dataset", "norm", "eps", "seed"]
-    board["rank"] = board.groupby(keys, sort=False)["robust_accuracy"].rank("min", ascending=False).astype(int)
+    ranked = board[board["adaptive"].astype(bool)].groupby(keys, sort=False)["robust_accuracy"]
+    board["rank"] = ranked.rank("min", ascending=False).reindex(board.index).astype("Int64")
     block = board.groupby(keys, sort=False).ngroup()
     order = board.assign(block=block).sort_values(["block", "rank"], kind="stable").index
     return board.loc[order].reset_index(drop=True)
@@ -247,7 +274,7 @@ def matrix(entries: Iterable[Entry]) -> pd.DataFrame:
 
     table = []
     for group in _groups(entries):
-        about = {name: getattr(group[0], name) for name in ("dataset", "norm", "eps", "defense")}
+        about = {name: getattr(group[0], name) for name in ("dataset", "norm", "eps", "defense", "adaptive")}
         table.append(about | {entry.attack: float(robust([entry.outcome]).mean()) for entry in group})
     return pd.DataFrame(table)
 
@@ -259,7 +286,8 @@ def rows(entries: Iterable[Entry] | Iterable[Proof]) -> pd.DataFrame:
     frames = []
     for entry in entries:
         frame = (entry.outcome if isinstance(entry, Entry) else entry.certified).to_frame()
-        about = {name: getattr(entry, name) for name in ("dataset", "defense", "norm", "eps", entry.kind, "seed")}
+        names = ["dataset", "defense", "norm", "eps", entry.kind, "seed", *["adaptive"] * isinstance(entry, Entry)]
+        about = {name: getattr(entry, name) for name in names}
         for place, (name, value) in enumerate(about.items()):
             frame.insert(place, name, value)
         frames.append(frame)
@@ -300,14 +328,14 @@ def certificates(proofs: Iterable[Proof]) -> pd.DataFrame:
 
 def violations(entries: Iterable[Entry], proofs: Sequence[Proof]) -> list[str]:
     """A line for each input for which an adversarial was found inside a ball that is certified: a bug, in the attack,
-    the certificate or the model."""
+    the certificate or the model. Blind attacks are not held against certificates."""
     everything: list[Entry | Proof] = [*entries, *proofs]
     return [
         f"input {row} of {proof.dataset}, {proof.defense}: {proof.certifier} certifies {proof.norm}:{radius:g} "
         f"(seed {proof.seed}), but {found.plugin} (seed {found.seed}) found an adversarial at {size:g}"
         for proof in proofs
         for found in everything
-        if found.place == proof.place
+        if found.place == proof.place and found.adaptive
         for row, size, radius in _inside(found, proof.certified)
     ]
 

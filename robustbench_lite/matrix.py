@@ -11,7 +11,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, leaderboard, registry
 from robustbench_lite.certifying import Court, searches
+from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
-from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
+from robustbench_lite.plugins import Attack, Certifier, Crafted, Defense, Learner, crafted, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.trained import AS_IS, NONE, Inputs, Subject, Workshop
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", bound=Rows)
 Tested = TypeVar("Tested", Attack, Certifier)
 
+ADAPTIVE = {"on": (True,), "off": (False,), "both": (True, False)}
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
 
 
@@ -131,11 +133,11 @@ class Results:
         return which if count == 1 else f"{which} (the first of {count} patches)"
 
     def save_adversarials(self, path: str | Path) -> None:
-        """Writes the adversarial images that are kept, ``x``, and what each is: ``row``, ``defense``, ``attack``,
-        ``norm``, ``eps``."""
+        """Writes the adversarial images that are kept, ``x``, and what each is: ``row``, ``defense``, ``adaptive``,
+        ``attack``, ``norm``, ``eps``."""
         columns: dict[str, Any] = {
             name: np.concatenate([np.full(len(entry.outcome.imaged), getattr(entry, name)) for entry in self.entries])
-            for name in ("defense", "attack", "norm", "eps")
+            for name in ("defense", "adaptive", "attack", "norm", "eps")
         }
         columns["x"] = np.concatenate([entry.outcome.images for entry in self.entries])
         columns["row"] = np.concatenate([entry.outcome.imaged for entry in self.entries])
@@ -155,6 +157,7 @@ def benchmark(
     weights: str | Path | None = None,
     inputs: Inputs = AS_IS,
     target: Target | None = None,
+    adaptive: Literal["on", "off", "both"] = "on",
     device: str = "auto",
     batch: int | None = None,
     data_dir: str | Path | None = None,
@@ -171,12 +174,15 @@ def benchmark(
     every built-in one; by default ``madry``, or the user's own model, is defended), ``threats`` such as
     ``"linf:8/255"``; by default each attack runs under linf, or else its own first norm, at the data set's customary
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
+    ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
+    if adaptive not in ADAPTIVE:
+        raise ValueError(f"adaptive is {', '.join(ADAPTIVE)}, not {adaptive!r}")
     defenses = [defenses] if isinstance(defenses, str) else defenses
     images = data.load(dataset, "test", _path(data_dir))
     count = len(images) if n is None else n
@@ -201,6 +207,10 @@ def benchmark(
     proving = _pairs("certifier", cast(list[Certifier], _chosen("certifier", certifiers)), under, images, watcher.note)
     asked = _expand("defense", defenses or [NONE if workshop.own else "madry"])
     chains = {workshop.name(chain): chain for chain in asked}
+    ways = {chain: _ways(adaptive, workshop.links(chain)) for chain in chains.values()}
+    bare = [chain for chain, way in ways.items() if False not in way]
+    if bare and (adaptive == "off" or (adaptive == "both" and len(bare) == len(ways))):
+        raise ValueError(f"adaptive={adaptive}: {bare[0]} has no wrapper that an attack could be blind to")
     plan = {chain: _foreign(workshop, chain, name, pairs, watcher.note) for name, chain in chains.items()}
     if not proving and not any(plan.values()):
         raise ValueError("there is no attack to run")
@@ -209,7 +219,7 @@ def benchmark(
     source = cache(workshop.source)
     lost = _without_source(chosen, attacks, source, watcher.note)
     plan = {chain: [pair for pair in here if pair[0] not in lost] for chain, here in plan.items()}
-    watcher.planned((sum(map(len, plan.values())) + len(chains) * len(proving)) * count)
+    watcher.planned(sum(len(ways[chain]) * len(here) + len(proving) for chain, here in plan.items()) * count)
     training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
     images = images.take(slice(count))
     runner = _Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
@@ -217,7 +227,7 @@ def benchmark(
     for chain, here in plan.items():
         subject = workshop.subject(chain)
         with frozen(subject.model):
-            entries += [runner.attack(subject, attack, threat) for attack, threat in here]
+            entries += [runner.attack(subject, *pair, knows) for knows in ways[chain] for pair in here]
             proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in proving]
     return _in_order(entries, proofs)
 
@@ -285,19 +295,22 @@ class _Runner:
     keep_all: bool
     watcher: Watcher
 
-    def attack(self, subject: Subject, attack: Attack, threat: ThreatModel) -> leaderboard.Entry:
-        cell = self._cell(subject, attack, threat)
+    def attack(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> leaderboard.Entry:
+        cell = self._cell(subject, attack, threat, adaptive=adaptive)
         if getattr(attack, "minimises", False):
             self.store.ask(cell, threat.eps)
         learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
         done, missing = self._stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
         self._advance(subject, attack, threat, sum(map(len, done)))
         if missing:
-            classes = self._check(subject, threat)
+            classes = self._check(subject.model, threat)
             sources = checked(
                 lambda spec: self.source(spec, attack.name).model, classes, self.images.x, self.images.y, threat
             )
-            bench = Bench(subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, sources)
+            bench = Bench(
+                subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, adaptive, sources
+            )
+            self._check(bench.known, threat)
             if learns(attack):
                 learned = self._learned(cell, bench, attack) if learned is None else learned
                 attack = replace(cast(Any, attack), learned=learned)
@@ -318,7 +331,7 @@ class _Runner:
         done, missing = self._stored(Certified, cell, self.fresh)
         self._advance(subject, certifier, threat, sum(map(len, done)))
         if missing:
-            self._check(subject, threat)
+            self._check(subject.model, threat)
             court = Court(subject.model, certifier, threat, self.seed, radius)
             for span in missing:
                 rows = torch.arange(*span)
@@ -344,9 +357,9 @@ class _Runner:
                 missing.append(span)
         return done, missing
 
-    def _check(self, subject: Subject, threat: ThreatModel) -> int:
+    def _check(self, model: Defended, threat: ThreatModel) -> int:
         """How many classes the model knows, which are no more than a data set of ours has."""
-        classes = check(subject.model, self.images.x, self.images.y, threat)
+        classes = check(model, self.images.x, self.images.y, threat)
         if classes > self.images.classes and self.images.name in data.SOURCES:
             raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
         return classes
@@ -365,7 +378,12 @@ class _Runner:
         self.watcher.advanced(subject.defense, registry.spec(plugin), threat, inputs)
 
     def _cell(
-        self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, search: bool | None = None
+        self,
+        subject: Subject,
+        plugin: Attack | Certifier,
+        threat: ThreatModel,
+        search: bool | None = None,
+        adaptive: bool = True,
     ) -> Cell:
         """An attack's cell; a certifier's where ``search`` says whether it searches for radii."""
         kind = "attack" if search is None else "certifier"
@@ -379,6 +397,7 @@ class _Runner:
             **({"target": self.target} if search is None else {"search": search}),
             "seed": self.seed,
             "precision": "float32",
+            **({} if adaptive else {"adaptive": False}),
         }
         if search is None and learns(cast(Attack, plugin)):
             identity["training"] = cast(data.Images, self.training).fingerprint
@@ -389,6 +408,7 @@ class _Runner:
             "defense": subject.defense,
             "model": subject.architecture,
             "parameters": subject.parameters,
+            "threshold": subject.model.threshold,
             kind: registry.spec(plugin),
             "eps": threat.eps,
             "version": __version__,
@@ -405,6 +425,8 @@ def _entry(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Ent
     return leaderboard.Entry(
         **_setting(cell, threat.eps),
         attack=about["attack"] if target is None else f"{about['attack']} to {target}",
+        adaptive=cell.identity.get("adaptive", True),
+        threshold=about.get("threshold"),
         outcome=outcome if cell.identity["eps"] is not None else outcome.within(limit),
     )
 
@@ -434,9 +456,15 @@ def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard
 
     def key(one: leaderboard.Setting) -> tuple[Any, ...]:
         dataset, norm, *block = one.block
-        return dataset, list(NORMS).index(norm), *block, one.defense, one.model, one.subject, one.plugin
+        about = one.defense, one.model, one.subject, not one.adaptive, one.plugin
+        return dataset, list(NORMS).index(norm), *block, *about
 
     return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)))
+
+
+def _ways(adaptive: str, links: Sequence[Defense]) -> tuple[bool, ...]:
+    """Whether attacks know of a chain's last wrapper: one way, or both; where there is none they know everything."""
+    return (True,) if all(link.trains for link in links) else ADAPTIVE[adaptive]
 
 
 def _expand(kind: registry.Kind, items: Sequence[Any]) -> list[Any]:

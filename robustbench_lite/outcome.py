@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 CHUNK = 100  # consecutive rows that are attacked, stored and resumed as one
 KEPT = 16  # adversarial images that every chunk keeps
 WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "skipped"
+REJECTED = -2  # the label of an input that a detector rejects
 VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
 
 
@@ -75,8 +76,9 @@ class Outcome(Rows):
     ``status`` is ``wrong`` (misclassified when clean, not attacked), ``broken`` (an admissible adversarial that the
     model was asked about again), ``held``, ``unknown`` (``reason`` says why; never robust, never a success) or
     ``skipped`` (its label is the target). ``adversarial`` is the model's label for the judged point, -1 where there is
-    none; ``distance`` the size of a broken input's perturbation. ``images`` (K, ...) are adversarials, of the rows
-    ``imaged``.
+    none; ``distance`` the size of the perturbation of a point that broke the input, or was rejected. ``images``
+    (K, ...) are adversarials, of the rows ``imaged``. A label, ``clean`` or ``adversarial``, that is ``REJECTED`` is a
+    detector's.
     """
 
     row: NDArray[np.int64]
@@ -96,7 +98,8 @@ class Outcome(Rows):
 
     @property
     def fooled(self) -> NDArray[np.bool_]:
-        """Where the model gave the judged point another label than the true one, the target's or not."""
+        """Where the model gave the judged point another label than the true one, the target's or not; to be rejected
+        is no label."""
         fooled: NDArray[np.bool_] = (self.status == BROKEN) | (
             (self.adversarial >= 0) & (self.adversarial != self.label)
         )
@@ -105,15 +108,16 @@ class Outcome(Rows):
     def within(self, limit: float) -> "Outcome":
         """The outcome at a smaller budget: what was broken at a larger distance is held, and a label that was
         reached at an unknown distance (of a targeted attack: another than the target) is forgotten."""
-        beyond = (self.status == BROKEN) & (self.distance > limit)
-        near = ~np.isin(self.imaged, self.row[beyond])
+        near = self.distance <= limit
+        beyond = (self.status == BROKEN) & ~near
+        kept = ~np.isin(self.imaged, self.row[beyond])
         return replace(
             self,
             status=np.where(beyond, HELD, self.status),
-            adversarial=np.where((self.status == BROKEN) & ~beyond, self.adversarial, -1),
-            distance=np.where(beyond, np.nan, self.distance),
-            imaged=self.imaged[near],
-            images=self.images[near],
+            adversarial=np.where(near, self.adversarial, -1),
+            distance=np.where(near, self.distance, np.nan),
+            imaged=self.imaged[kept],
+            images=self.images[kept],
         )
 
 

@@ -45,6 +45,7 @@ class Problem:
 
     Only inputs that are open are sent to the model, charged and remembered: nothing found within eps yet (unless the
     attack ``minimises``), not given up and budget left. The others answer NaN, and their gradient is 0.
+    Of a model with a detector an attack sees what :meth:`Goal.seen` makes of its answers.
     """
 
     def __init__(
@@ -180,14 +181,18 @@ class Problem:
             answers = flat.flatten(1)[:, :1].expand(0, self.classes)  # still on the graph of x
         elif differentiable:
             counted = _Counted.apply(flat, self._ledger.backwards, self._rows[owners])
-            answers = ask(self._model, counted, self._batch, differentiable=True)
+            answers = self._seen(ask(self._model, counted, self._batch, differentiable=True), owners)
         else:
             with torch.no_grad():
-                answers = ask(self._model, flat, self._batch)
+                answers = self._seen(ask(self._model, flat, self._batch), owners)
         self._remember(flat.detach(), answers.detach(), owners)
         if not everything:
             answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_put((sent.flatten(),), answers)
         return answers if alone else answers.view(*sent.shape, self.classes)
+
+    def _seen(self, answers: Tensor, owners: Tensor) -> Tensor:
+        """The logits that an attack sees, (N, C), of inputs that belong to ``owners``."""
+        return Goal(self._goal.labels[owners], self._goal.targeted).seen(answers, self.classes)
 
     def _sendable(self, count: int) -> Tensor:
         """Which of ``count`` candidates an input are sent: (B, count) bool."""

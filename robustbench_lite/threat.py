@@ -122,6 +122,20 @@ class Goal:
         hit = labels == self.labels.view(-1, *[1] * (labels.dim() - 1))
         return (hit if self.targeted else ~hit) & (labels >= 0)
 
+    def seen(self, answers: Tensor, classes: int) -> Tensor:
+        """A model's answers (N, C), or (N, C + 1) where it has a detector, as logits (N, C) for this adversary, to
+        whom "rejected" is one with the label (targeted: with the best other class): not what is wanted.
+
+        No attack need know of detectors then: its margin is min(other - label, -score), as an adaptive attack has it.
+        """
+        logits, rejected = answers[:, :classes], answers[:, classes:]
+        if not rejected.shape[1]:
+            return answers
+        unwanted = self.labels.unsqueeze(1)
+        if self.targeted:
+            unwanted = logits.scatter(1, unwanted, -torch.inf).argmax(1, keepdim=True)
+        return logits.scatter(1, unwanted, torch.maximum(logits.gather(1, unwanted), rejected))
+
     def cross_entropy(self, logits: Tensor) -> Tensor:
         """Grows towards the goal, as every loss of a goal does: an attack ascends."""
         loss = -F.log_softmax(logits, -1).gather(-1, self._labels(logits).unsqueeze(-1)).squeeze(-1)

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from robustbench_lite.defended import Defended
 from robustbench_lite.norms import NORMS
 from robustbench_lite.problem import Access, Problem
 
@@ -136,3 +137,28 @@ class Scripted:
 
     def __call__(self, problem: Problem) -> Tensor:
         return self.call(problem)  # type: ignore[return-value]
+
+
+class Guarded(Defended):
+    """A model with a detector that rejects where ``way . x`` exceeds ``level``."""
+
+    def __init__(self, model: nn.Module, way: Tensor, level: float) -> None:
+        super().__init__(model)
+        self.way, self.level = nn.Parameter(way), level
+
+    def rejection(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.way - self.level
+
+
+GUARDED = {"linf": 0.25, "l2": (0.2**2 + 0.25**2) ** 0.5, "l1": 0.45}
+
+
+def guarded(count: int = 12) -> tuple[Guarded, Tensor, Tensor]:
+    """Class 1 where x0 > 0.5, rejected where 2 x0 - x1 > 0.45, inputs at (0.3, 0.3, anything).
+
+    The nearest adversarial (0.5, 0.3) is rejected; the nearest that is not is (0.5, 0.55), at a distance ``GUARDED``.
+    """
+    model = Linear(torch.tensor([[-2.0, 0, 0], [2.0, 0, 0]]), torch.tensor([1.0, -1.0]))
+    x = torch.full((count, 3), 0.3)
+    x[:, 2] = torch.linspace(0.3, 0.7, count)
+    return Guarded(model, torch.tensor([2.0, -1.0, 0.0]), 0.45), x, torch.zeros(count, dtype=torch.long)

@@ -13,11 +13,11 @@ from robustbench_lite import evaluation
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import frozen
 from robustbench_lite.noise import Noise
-from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, SKIPPED, UNKNOWN, Outcome
+from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.problem import Problem
 from robustbench_lite.registry import builtin, find, make
 from robustbench_lite.threat import Goal, ThreatModel, find_norm
-from tests.nets import Linear, convolutional, halfspace, many_classes, nearest
+from tests.nets import GUARDED, Guarded, Linear, convolutional, guarded, halfspace, many_classes, nearest
 
 
 class Entry(NamedTuple):
@@ -319,3 +319,40 @@ def test_agrees_with_foolbox_on_what_breaks():
     assert 10 < theirs.sum() < 90
     assert (ours.status[theirs] == BROKEN).all()  # ours keeps every iterate, theirs the last
     assert UNKNOWN not in ours.status
+
+
+# Detectors
+
+WAY = torch.linspace(-1, 1, 64).sign() * torch.linspace(0.5, 1, 64)
+STUCK = {"fgsm", "r-fgsm", "mi-fgsm", "pgd", "deepfool", "fab", "square"}  # they do not always get round the corner
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case.values[1] in GUARDED])
+def test_the_nearest_adversarial_that_is_not_rejected(name, norm):
+    model, x, y = guarded()
+    held = evaluate(built(name, norm), model, x, y, threat(norm, 0.97 * GUARDED[norm]))
+    assert set(held.status) == {HELD}
+    assert REJECTED in held.adversarial or minimises(name)
+    if name not in STUCK:
+        far = evaluate(built(name, norm), model, x, y, threat(norm, 1.5 * GUARDED[norm]))
+        assert set(far.status) == {BROKEN}
+        assert set(far.adversarial) == {1}
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_an_input_that_is_rejected_is_not_broken(name, norm):
+    net, x, y = convolutional(32)
+    score = x.flatten(1) @ WAY
+    model = Guarded(net, WAY, float(score.quantile(0.9)))
+    free, outcome = (
+        evaluate(built(name, norm), one, x, y, threat(norm, 2 * DISTANCE[norm]), keep_all=True) for one in (net, model)
+    )
+    rejected = (score > model.level).numpy()
+    np.testing.assert_array_equal(outcome.clean, np.where(rejected, REJECTED, y))
+    np.testing.assert_array_equal(outcome.status == WRONG, rejected)
+    broken = outcome.status == BROKEN
+    assert 0 < broken.sum() < (free.status == BROKEN).sum()
+    images = torch.from_numpy(outcome.images)
+    assert (model.rejection(images) <= 0).all()
+    np.testing.assert_array_equal(net(images).argmax(1), outcome.adversarial[broken])
+    assert not outcome.fooled[outcome.adversarial == REJECTED].any()

@@ -14,9 +14,9 @@ from robustbench_lite.certificate import Certificate
 from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.matrix import Results, Watcher, benchmark, load
 from robustbench_lite.norms import NORMS as NORM
-from robustbench_lite.outcome import Certified
+from robustbench_lite.outcome import REJECTED, Certified
 from robustbench_lite.threat import ThreatModel
-from tests.nets import DUAL, Linear, halfspace, many_classes, nearest
+from tests.nets import DUAL, Linear, guarded, halfspace, many_classes, nearest
 
 NORMS = frozenset(DUAL)
 EPS = 0.007  # about half the inputs of a run lie within
@@ -389,3 +389,13 @@ def test_a_certifier_runs_under_the_threat_models_of_the_attacks(runs):
         runs(certifiers=[])
     with pytest.raises(ValueError, match="is no certifier: it has no norms"):
         runs(certifiers=[Linear(torch.zeros(1, 1), torch.zeros(1))])
+
+
+def test_a_model_with_a_detector_is_not_covered():
+    model, x, y = guarded(4)
+    found = certify_inputs("lipschitz", model, torch.cat([x, x - 0.2]), torch.cat([y, y]), "l2:0.01")
+    assert found.status.tolist() == ["unsupported"] * 8
+    assert {*found.reason.tolist()} == {"it has a detector, of which nothing is proved"}
+    wrong = certify_inputs("lipschitz", model, x + torch.tensor([0.1, 0, 0]), y, "l2:0.01")
+    assert wrong.status.tolist() == ["wrong"] * 4
+    assert wrong.clean.tolist() == [REJECTED] * 4

@@ -249,7 +249,7 @@ def test_a_run_prints_tables_and_writes_every_file(bench):
     assert board["clean_accuracy"].tolist() == [pytest.approx(clean_accuracy(40))] * 2
     numbers = set(LEADERBOARD) - {"dataset", "defense", "model", "norm", "worst_attack", "attacks", "version"}
     assert all(pd.api.types.is_numeric_dtype(board[name]) for name in numbers)
-    assert set(matrix.columns) == {"dataset", "norm", "eps", "defense", "pgd:steps=5,restarts=2", "fgsm"}
+    assert set(matrix.columns) == {"dataset", "norm", "eps", "defense", "adaptive", "pgd:steps=5,restarts=2", "fgsm"}
     assert len(rows) == 40 * 2 * 2
     for line in board.itertuples():
         here = rows[(rows["norm"] == line.norm) & (rows["status"] == "held")]
@@ -449,7 +449,7 @@ def test_all_is_every_attack_that_ships(bench, monkeypatch):
     few = {name: registry.find("attack", name) for name in ("fgsm", "pgd")}
     monkeypatch.setitem(registry._tables, "attack", few)
     assert bench(f"--plugin mine.py --attack all {OWN} --matrix matrix.csv").code == 0
-    attacks = set(pd.read_csv("matrix.csv").columns) - {"dataset", "norm", "eps", "defense"}
+    attacks = set(pd.read_csv("matrix.csv").columns) - {"dataset", "norm", "eps", "defense", "adaptive"}
     assert attacks == {"fgsm", "pgd"}
 
 

@@ -27,7 +27,7 @@ from tests.outcomes import made, proved
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = {
-    "rank": "int64",
+    "rank": "Int64",
     "parameters": "int64",
     "eps": "float64",
     "examples": "int64",
@@ -233,22 +233,22 @@ def test_models_of_one_name_are_not_mixed():
 def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
-        "rank dataset defense model parameters norm eps examples clean_accuracy certified_accuracy certified_low"
-        " certified_high robust_accuracy robust_low robust_high worst_attack attacks"
-        " certifiers unknown forwards backwards seconds seed version"
+        "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
+        " certified_low certified_high robust_accuracy robust_low robust_high worst_attack attacks"
+        " certifiers detection_rate false_positives threshold unknown forwards backwards seconds seed version"
     )
 
 
 def test_a_matrix_has_a_column_an_attack_and_gaps_where_it_did_not_run():
     table = matrix([entry("hb", "a"), entry("bb", "b"), entry("hh", "b", norm="l2")])
-    assert table.columns.tolist() == ["dataset", "norm", "eps", "defense", "a", "b"]
+    assert table.columns.tolist() == ["dataset", "norm", "eps", "defense", "adaptive", "a", "b"]
     assert table["norm"].tolist() == ["linf", "l2"]
     np.testing.assert_array_equal(table[["a", "b"]], [[0.5, 0.0], [np.nan, 1.0]])
 
 
 def test_rows_have_a_line_an_input_and_attack():
     table = rows([entry("hb", "a"), entry(made("bw", start=7), "b")])
-    assert table.columns[:6].tolist() == ["dataset", "defense", "norm", "eps", "attack", "seed"]
+    assert table.columns[:7].tolist() == ["dataset", "defense", "norm", "eps", "attack", "seed", "adaptive"]
     assert table["attack"].tolist() == ["a", "a", "b", "b"]
     assert table["row"].tolist() == [0, 1, 7, 8]
     assert table["status"].tolist() == ["held", "broken", "broken", "wrong"]
@@ -329,11 +329,12 @@ def test_the_files_are_what_they_always_were(name: str, tmp_path: Path, monkeypa
 
 
 def test_pandas_reads_numbers_as_numbers():
-    board = pd.read_csv(GOLDEN / "leaderboard.csv")
+    board = pd.read_csv(GOLDEN / "leaderboard.csv").astype({"rank": "Int64"})
     assert {name: str(board[name].dtype) for name in NUMBERS} == NUMBERS
     assert board["eps"].tolist() == [0.1, 0.1, 8 / 255, 8 / 255]
     table = pd.read_csv(GOLDEN / "matrix.csv")
-    assert all(table[name].dtype == np.float64 for name in table.columns if name not in ("dataset", "norm", "defense"))
+    words = ("dataset", "norm", "defense", "adaptive")
+    assert all(table[name].dtype == np.float64 for name in table.columns if name not in words)
     lines = pd.read_csv(GOLDEN / "rows.csv")
     whole = ["seed", "row", "label", "clean", "adversarial", "forwards", "backwards"]
     assert all(lines[name].dtype == np.int64 for name in whole)

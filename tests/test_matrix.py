@@ -330,7 +330,7 @@ def test_an_attack_may_be_an_object(runs: Runs):
 def test_an_object_of_an_unregistered_class_goes_by_its_own_name(runs: Runs):
     results = runs([Unregistered(), Unregistered(0.1), "fgsm"])
     table = results.matrix()
-    assert table.columns[4:].tolist() == ["Unregistered", "Unregistered:strength=0.1", "fgsm"]
+    assert table.columns[5:].tolist() == ["Unregistered", "Unregistered:strength=0.1", "fgsm"]
     assert table["Unregistered"][0] == table["fgsm"][0] < table["Unregistered:strength=0.1"][0]
     assert_equal_tables(results, load(runs.out), but=())
 
@@ -413,7 +413,7 @@ def test_a_norm_alone_stands_for_the_customary_eps(runs: Runs):
 
 def test_all_means_every_built_in_plugin(runs: Runs, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "builtin", {"attack": ["fgsm", "pgd"], "defense": []}.__getitem__)
-    assert runs(["all"], n=20, threats=["linf:0.1"]).matrix().columns[4:].tolist() == ["fgsm", "pgd"]
+    assert runs(["all"], n=20, threats=["linf:0.1"]).matrix().columns[5:].tolist() == ["fgsm", "pgd"]
     assert runs(["all", "pgd"], n=20, threats=["linf:0.1"]).leaderboard()["attacks"].tolist() == ["fgsm; pgd"]
 
 
@@ -583,7 +583,7 @@ def test_saved_adversarials_fool_the_model_within_eps(runs: Runs, net: nn.Module
     digits = data.load("digits")
     with np.load(tmp_path / "adversarials.npz", allow_pickle=False) as file:
         kept = {name: file[name] for name in file.files}
-    assert kept.keys() == {"x", "row", "defense", "attack", "norm", "eps"}
+    assert kept.keys() == {"x", "row", "defense", "adaptive", "attack", "norm", "eps"}
     assert len({len(column) for column in kept.values()}) == 1
     assert set(zip(kept["attack"], kept["norm"], kept["eps"])) == {
         (entry.attack, entry.norm, entry.eps) for entry in results.entries if (entry.outcome.status == "broken").any()

@@ -321,3 +321,40 @@ def test_a_part_of_a_goal_is_the_goal_of_a_part():
     part = goal[torch.tensor([True, False, True])]
     assert part.labels.tolist() == [1, 2]
     assert part.targeted
+
+
+# What a detector's "rejected" is to the adversary: the last column
+
+
+def test_a_rejection_counts_as_the_label():
+    answers = torch.tensor([[3.0, 1.0, 2.0, 4.0], [1.0, 3.0, 2.0, 2.5], [1.0, 3.0, 2.0, 3.5]])
+    seen = Goal(torch.tensor([0, 0, 0])).seen(answers, 3)
+    assert seen.tolist() == [[4.0, 1.0, 2.0], [2.5, 3.0, 2.0], [3.5, 3.0, 2.0]]
+    assert Goal(torch.tensor([0, 0, 0])).met(seen).tolist() == [False, True, False]
+
+
+def test_to_a_target_it_counts_as_the_best_other_class():
+    answers = torch.tensor([[3.0, 1.0, 2.0, 4.0], [1.0, 3.0, 2.0, 2.5], [1.0, 3.0, 2.0, 3.5]])
+    goal = Goal(torch.tensor([1, 1, 1]), targeted=True)
+    seen = goal.seen(answers, 3)
+    assert seen.tolist() == [[4.0, 1.0, 2.0], [1.0, 3.0, 2.5], [1.0, 3.0, 3.5]]
+    assert goal.met(seen).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_the_margin_is_the_adaptive_loss(targeted):
+    """min(margin, -score) where the classifier alone is fooled, and of that sign everywhere."""
+    random = torch.Generator().manual_seed(0)
+    logits, score = torch.randn(500, 4, generator=random), torch.randn(500, generator=random)
+    goal = Goal(torch.randint(4, (500,), generator=random), targeted)
+    seen = goal.seen(torch.cat([logits, (logits.amax(1) + score).unsqueeze(1)], 1), 4)
+    adaptive, fooled = torch.minimum(goal.margin(logits), -score), goal.met(logits)
+    torch.testing.assert_close(goal.margin(seen)[fooled], adaptive[fooled])
+    assert torch.equal(goal.margin(seen) > 0, adaptive > 0)
+    assert torch.equal(goal.met(seen), fooled & (score < 0))
+    assert 0 < goal.met(seen).sum() < fooled.sum()
+
+
+def test_without_a_detector_nothing_changes():
+    logits = torch.randn(3, 4)
+    assert Goal(torch.tensor([0, 1, 2])).seen(logits, 4) is logits
