@@ -201,7 +201,7 @@ def test_the_order_of_defenses_changes_nothing(tmp_path: Path, runs: Runs):
     trained = {"model": "mlp", "weights": None, "n": 20}
     one = runs(defenses=chains, **trained)
     other = runs(defenses=chains[::-1], out=tmp_path / "other", **trained)
-    assert set(one.leaderboard()["defense"]) == {"standard:epochs=1", "madry:eps=0.1,steps=1,warmup=0,epochs=1"}
+    assert set(one.leaderboard()["defense"]) == {"standard:epochs=1", "madry:epochs=1,eps=0.1,warmup=0,steps=1"}
     assert_equal_tables(one, other)
 
 
