@@ -149,6 +149,8 @@ def identity(plugin: object) -> dict[str, object]:
     for name, field in _settings(cls).items():
         if _nested(field):
             values[name] = {**identity(values[name]), "origin": origin(type(values[name]))}
+        elif isinstance(value := values[name], tuple):
+            values[name] = list(value)
     return {"name": _name(cls), "version": getattr(cls, "version", 1), "settings": values}
 
 
