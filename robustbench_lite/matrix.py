@@ -7,9 +7,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -23,10 +22,11 @@ from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
-from robustbench_lite.plugins import Attack, Certifier, Crafted, Defense, Learner, crafted, learns
+from robustbench_lite.planning import plan
+from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.store import Cell, Store
-from robustbench_lite.threat import ThreatModel, find_norm
-from robustbench_lite.trained import AS_IS, NONE, Inputs, Subject, Workshop
+from robustbench_lite.threat import ThreatModel
+from robustbench_lite.trained import AS_IS, Inputs, Subject, Workshop
 from robustbench_lite.training import Progress
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", bound=Rows)
 Tested = TypeVar("Tested", Attack, Certifier)
 
-ADAPTIVE = {"on": (True,), "off": (False,), "both": (True, False)}
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
 
 
@@ -181,9 +180,6 @@ def benchmark(
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
-    if adaptive not in ADAPTIVE:
-        raise ValueError(f"adaptive is {', '.join(ADAPTIVE)}, not {adaptive!r}")
-    defenses = [defenses] if isinstance(defenses, str) else defenses
     images = data.load(dataset, "test", _path(data_dir))
     count = len(images) if n is None else n
     if not 1 <= count <= len(images):
@@ -201,34 +197,21 @@ def benchmark(
         note=watcher.note,
         progress=watcher.training,
     )
-    chosen = cast(list[Attack], _chosen("attack", attacks))
-    pairs = _pairs("attack", chosen, threats, images, watcher.note)
-    under = threats if threats or not pairs else list(dict.fromkeys(threat for _, threat in pairs))
-    proving = _pairs("certifier", cast(list[Certifier], _chosen("certifier", certifiers)), under, images, watcher.note)
-    asked = _expand("defense", defenses or [NONE if workshop.own else "madry"])
-    chains = {workshop.name(chain): chain for chain in asked}
-    ways = {chain: _ways(adaptive, workshop.links(chain)) for chain in chains.values()}
-    bare = [chain for chain, way in ways.items() if False not in way]
-    if bare and (adaptive == "off" or (adaptive == "both" and len(bare) == len(ways))):
-        raise ValueError(f"adaptive={adaptive}: {bare[0]} has no wrapper that an attack could be blind to")
-    plan = {chain: _foreign(workshop, chain, name, pairs, watcher.note) for name, chain in chains.items()}
-    if not proving and not any(plan.values()):
-        raise ValueError("there is no attack to run")
+    wanted = plan(workshop, images, attacks, defenses, certifiers, threats, adaptive, watcher.note)
     store = Store(Path(out), watcher.note)
     store.prepare()
     source = cache(workshop.source)
-    lost = _without_source(chosen, attacks, source, watcher.note)
-    plan = {chain: [pair for pair in here if pair[0] not in lost] for chain, here in plan.items()}
-    watcher.planned(sum(len(ways[chain]) * len(here) + len(proving) for chain, here in plan.items()) * count)
-    training = workshop.training if any(learns(attack) for attack, _ in pairs) else None
+    wanted = wanted.with_sources(source, watcher.note)
+    watcher.planned(len(wanted) * count)
+    training = workshop.training if wanted.learns else None
     images = images.take(slice(count))
     runner = _Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
     entries, proofs = [], []
-    for chain, here in plan.items():
+    for chain, assaults in wanted.assaults.items():
         subject = workshop.subject(chain)
         with frozen(subject.model):
-            entries += [runner.attack(subject, *pair, knows) for knows in ways[chain] for pair in here]
-            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in proving]
+            entries += [runner.attack(subject, *assault) for assault in assaults]
+            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
     return _in_order(entries, proofs)
 
 
@@ -460,142 +443,6 @@ def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard
         return dataset, list(NORMS).index(norm), *block, *about
 
     return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)))
-
-
-def _ways(adaptive: str, links: Sequence[Defense]) -> tuple[bool, ...]:
-    """Whether attacks know of a chain's last wrapper: one way, or both; where there is none they know everything."""
-    return (True,) if all(link.trains for link in links) else ADAPTIVE[adaptive]
-
-
-def _expand(kind: registry.Kind, items: Sequence[Any]) -> list[Any]:
-    """``items`` with ``all`` replaced by the built-in plugins (of defenses: the recipes)."""
-    return [one for item in items for one in (_all(kind) if item == "all" else [item])]
-
-
-def _all(kind: registry.Kind) -> list[str]:
-    return [name for name in registry.builtin(kind) if getattr(registry.find(kind, name), "trains", True)]
-
-
-def _chosen(kind: registry.Kind, given: str | Sequence[Any]) -> list[Any]:
-    """The attacks or certifiers that are asked for, each once."""
-    plugins = [_plugin(kind, one) for one in _expand(kind, [given] if isinstance(given, str) else given)]
-    return list({(type(plugin), registry.spec(plugin)): plugin for plugin in plugins}.values())
-
-
-def _plugin(kind: registry.Kind, given: Any) -> Any:
-    plugin = registry.make(kind, given) if isinstance(given, str) else given
-    what = f"{given!r} is no {kind}"
-    for needed in ("access", "norms", "__call__") if kind == "attack" else ("norms", "__call__"):
-        if not hasattr(plugin, needed):
-            raise ValueError(f"{what}: it has no {needed}")
-    if isinstance(plugin, type) or not is_dataclass(type(plugin)):
-        raise ValueError(f"{what}: an object of a frozen dataclass is wanted")
-    if not plugin.norms & NORMS.keys():
-        raise ValueError(f"{kind} {registry.spec(plugin)} knows none of the norms {', '.join(NORMS)}")
-    if learns(plugin) and plugin.learned is not None:
-        raise ValueError(f"{kind} {registry.spec(plugin)} has learned already, but must learn anew for each defense")
-    try:
-        json.dumps(registry.identity(plugin))
-    except TypeError as error:
-        raise ValueError(f"{given!r} has a setting that cannot be part of a key: {error}") from error
-    return plugin
-
-
-def _pairs(
-    kind: registry.Kind,
-    plugins: Sequence[Tested],
-    threats: Sequence[str | ThreatModel] | None,
-    images: data.Images,
-    note: Callable[[str], None],
-) -> list[tuple[Tested, ThreatModel]]:
-    """Which attack or certifier runs under which threat model, one threat model after the other."""
-    if not plugins:
-        return []
-    if threats is None:
-        customary = data.SOURCES[images.name].eps if images.name in data.SOURCES else {}
-        found = []
-        for plugin in plugins:
-            norms = [norm for norm in NORMS if norm in plugin.norms]
-            norm = next((norm for norm in norms if norm in customary), norms[0])
-            out = f"{kind} {registry.spec(plugin)} is left out"
-            if len(plugins) == 1 or (norm in customary and not hasattr(plugin, "fit")):
-                found.append((plugin, _threat(norm, images)))
-            elif norm in customary:
-                note(f"{out}: it learns from training data; give --threat {norm}")
-            else:
-                note(f"{out}: {images.name} has no customary eps for {norm}")
-        if not found:
-            raise ValueError(f"{images.name} has no customary eps for any of the {kind}s; give --threat linf:0.1")
-        return [pair for _, block in groupby(sorted(found, key=_rank), key=_rank) for pair in block]
-    pairs = []
-    for threat in dict.fromkeys(_threat(threat, images) for threat in threats):
-        for plugin in plugins:
-            if threat.norm.name in plugin.norms:
-                pairs.append((plugin, threat))
-            else:
-                knows = ", ".join(norm for norm in NORMS if norm in plugin.norms)
-                note(f"{kind} {registry.spec(plugin)} is left out under {threat}: it knows {knows}")
-    if not pairs:
-        raise ValueError(f"none of the {kind}s runs under {', '.join(map(str, threats))}")
-    return pairs
-
-
-def _foreign(
-    workshop: Workshop,
-    chain: str,
-    name: str,
-    pairs: Sequence[tuple[Attack, ThreatModel]],
-    note: Callable[[str], None],
-) -> list[tuple[Attack, ThreatModel]]:
-    """The pairs that run on a chain, of that full name: not those whose attack is crafted on this very model."""
-    own = []
-    for attack in filter(crafted, {id(attack): attack for attack, _ in pairs}.values()):
-        place, source = workshop.elsewhere(attack.source, attack.name)
-        if place.name(source) == name:
-            note(f"attack {registry.spec(attack)} is left out on {chain}, which is its source")
-            own.append(attack)
-    return [pair for pair in pairs if pair[0] not in own]
-
-
-def _without_source(
-    attacks: Sequence[Attack],
-    given: str | Sequence[str | Attack],
-    source: Callable[[str, str], Subject],
-    note: Callable[[str], None],
-) -> list[Attack]:
-    """The attacks whose source cannot be had, and that only ``all`` asked for; makes the sources of the others.
-
-    Raises:
-        ValueError: where an attack was ``given`` itself.
-    """
-    named = _chosen("attack", [one for one in ([given] if isinstance(given, str) else given) if one != "all"])
-    lost: list[Attack] = []
-    for attack in filter(crafted, attacks):
-        try:
-            source(attack.source, attack.name)
-        except ValueError as error:
-            if attack in named:
-                raise
-            note(f"attack {registry.spec(attack)} is left out: {error}")
-            lost.append(attack)
-    return lost
-
-
-def _rank(pair: tuple[Any, ThreatModel]) -> int:
-    return list(NORMS).index(pair[1].norm.name)
-
-
-def _threat(given: str | ThreatModel, images: data.Images) -> ThreatModel:
-    """A threat model for these images; a norm alone stands for the data set's customary eps."""
-    if isinstance(given, str):
-        named = ":" in given
-        given = (
-            ThreatModel.parse(given) if named else ThreatModel(find_norm(given), data.customary_eps(images.name, given))
-        )
-    most = float(given.norm.size(torch.ones(1, *images.shape)))
-    if max(given.eps, given.norm.limit(given.eps, images.x)) > most:
-        raise ValueError(f"{given}: eps is above the range; two images of {images.name} differ by at most {most:g}")
-    return given
 
 
 def _path(given: str | Path | None) -> Path | None:
