@@ -79,7 +79,8 @@ def frame(layer: nn.Linear | nn.Conv2d) -> Tensor:
     :func:`unfolding` (section 4.3).
     """
     groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
-    return layer.weight.double().unflatten(0, (groups, -1)).flatten(2) * unfolding(layer)
+    kernels: Tensor = layer.weight.double().unflatten(0, (groups, -1))
+    return kernels.flatten(2) * unfolding(layer)
 
 
 def unfolding(layer: nn.Linear | nn.Conv2d) -> float:
