@@ -418,6 +418,34 @@ def models() -> None:
 
 
 @app.command()
+def layers(
+    defense: Annotated[str, typer.Option(help="A defense, as parseval; none for a model of yours.")] = "none",
+    dataset: options.Dataset = "mnist",
+    model: options.Model = None,
+    weights: options.Weights = None,
+    data_dir: options.DataDir = None,
+) -> None:
+    """Show the singular values of a model's layers, and the Lipschitz bound that they give."""
+    from robustbench_lite import data, listings, trained
+    from robustbench_lite.display import Display
+
+    test = data.load(dataset, "test", data_dir)
+    with Display(_errors(), quiet=False, verbose=False) as display:
+        workshop = trained.Workshop(
+            dataset,
+            test.shape,
+            test.classes,
+            data_dir=data_dir,
+            model=model,
+            weights=weights,
+            note=display.note,
+            progress=display.training,
+        )
+        defended = workshop.subject(defense).model
+    _output().print(listings.layers(defended, test.x[:2]))
+
+
+@app.command()
 def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete it all.")] = False) -> None:
     """Show what was downloaded and trained, and where it is."""
     from robustbench_lite import listings

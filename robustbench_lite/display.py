@@ -69,7 +69,9 @@ class Display(Watcher):
             f"epoch {progress.epoch + 1}/{progress.epochs}  loss {progress.loss:.3f}  accuracy {progress.accuracy:.1%}"
         )
         if progress.measured:
-            state += f"  clean {progress.measured.clean:.1%}  robust {progress.measured.robust:.1%}"
+            state += f"  clean {progress.measured.clean:.1%}"
+            if progress.measured.robust is not None:
+                state += f"  robust {progress.measured.robust:.1%}"
         done = progress.epoch * progress.steps + progress.step
         self.bars.update(self.trainings[defense], completed=done, state=state)
         if self.verbose and progress.step == progress.steps:

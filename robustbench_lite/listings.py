@@ -6,7 +6,7 @@ import importlib.metadata
 import inspect
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -15,6 +15,9 @@ from robustbench_lite import __version__, data, registry, zoo
 from robustbench_lite import models as architectures
 from robustbench_lite.display import percent, table
 from robustbench_lite.norms import NORMS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 OURS = ("trained/*", "MNIST/raw/*", "FashionMNIST/raw/*", "cifar-10-python.tar.gz*")  # below the cache folder
 
@@ -88,6 +91,22 @@ def models() -> list[RenderableType]:
     heads = ["defense", "data set", "model", "clean %", "robust %"]
     made = [Text(f"{entry.file} is made by\n    {entry.command}") for entry in zoo.manifest()]
     return [table("architectures", ["model", "layers"], known), table("weights that ship", heads, shipped), *made]
+
+
+def layers(model: nn.Module, x: Tensor) -> RenderableType:
+    """A line a layer with weights, and what the layers together do to a difference of inputs shaped as ``x``."""
+    from robustbench_lite import lipschitz
+
+    norms, net = lipschitz.layer_norms(model), lipschitz.bare(model)[0]
+    lines = []
+    for name, values in lipschitz.singular_values(model).items():
+        layer = net.get_submodule(name)
+        some = values[values > 1e-4 * values.max()]
+        shape = "x".join(map(str, layer.get_parameter("weight").shape))
+        lines.append([name, type(layer).__name__, shape, f"{some.min():.4f} to {some.max():.4f}", f"{norms[name]:.4f}"])
+    title = f"layers: no logits move further than {lipschitz.constant(model, x):.4g} times the input (l2)"
+    note = Text("Singular values: without zeros; of a convolution, of its unfolded kernel, scaled to bound its norm.")
+    return Group(table(title, ["layer", "kind", "weight", "singular values", "norm at most"], lines), note)
 
 
 def cache(clear: bool) -> RenderableType:

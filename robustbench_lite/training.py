@@ -25,7 +25,7 @@ MEASURED = 500  # images at most on which an epoch is measured; where training s
 class Measured(NamedTuple):
     """Accuracies after an epoch; the greater of two is the one with more robust, then with more clean accuracy."""
 
-    robust: float  # under PGD-10; 0 where nothing says at which eps
+    robust: float | None  # under PGD-10; None where nothing says at which eps
     clean: float
 
 
@@ -279,7 +279,7 @@ def _measure(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measur
             with torch.no_grad():
                 robust += int((right & (model(moved).argmax(1) == y)).sum())
     model.train()
-    return Measured(robust / len(rows), clean / len(rows))
+    return Measured(None if threat is None else robust / len(rows), clean / len(rows))
 
 
 def _made_of(recipe: Recipe, lab: Lab) -> str:

@@ -552,6 +552,14 @@ def test_train_writes_weights_that_weights_reads(bench):
     assert Path("other.safetensors").read_bytes() != Path("mlp.safetensors").read_bytes()
 
 
+def test_layers_shows_singular_values_and_the_lipschitz_bound(bench):
+    ran = bench("layers --defense parseval:epochs=1 --model mlp --dataset digits")
+    assert ran.code == 0
+    assert "no logits move further than 1 times the input (l2)" in ran.out
+    assert ran.out.count("1.0000 to 1.0000") == 3
+    assert bench("layers").errors[-1].startswith("robust-bench: error: defense none needs a trained model")
+
+
 def test_train_stopped_by_ctrl_c(bench):
     ran = bench("--plugin trouble.py train --defense halts --dataset digits --out w.safetensors")
     assert ran.code == 130

@@ -26,6 +26,7 @@ LAYERS = [
         "training",
         "ascent",
         "bounds",
+        "lipschitz",
     },  # what a plugin may import
     {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "kernels", "wording"},
 ]

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robustbench_lite import training
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.data import Images, load
 from robustbench_lite.defended import Defended
@@ -17,7 +19,7 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.norms import l2, linf
 from robustbench_lite.registry import make
 from robustbench_lite.threat import Goal, ThreatModel
-from robustbench_lite.training import Lab, Loss, Progress, Recipe, shifted
+from robustbench_lite.training import Lab, Loss, Measured, Progress, Recipe, shifted
 
 
 class Killed(KeyboardInterrupt):
@@ -230,6 +232,137 @@ def test_a_finished_training_is_not_begun_again(lab: Lab, tmp_path: Path):
     model = trained(replace(lab, checkpoint=tmp_path / "checkpoint"))
     killed_at_once = replace(lab, checkpoint=tmp_path / "checkpoint", report=lambda _: pytest.fail("trained again"))
     assert_same(trained(killed_at_once, seed=1), model)
+
+
+# early stopping
+
+
+def stopping(lab: Lab, monkeypatch: pytest.MonkeyPatch, robust: list[float], patience: int = 2) -> list[nn.Module]:
+    """The model that is kept, then what it was after each epoch, when epochs are as robust as told."""
+    after: list[nn.Module] = []
+
+    def measure(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measured:
+        after.append(copy.deepcopy(model))
+        return Measured(robust[len(after) - 1], 0.5)
+
+    monkeypatch.setattr(training, "_measure", measure)
+    return [trained(lab, epochs=len(robust), patience=patience), *after]
+
+
+def test_training_stops_without_better_robust_accuracy_and_keeps_the_best_epoch(lab, monkeypatch):
+    kept, *after = stopping(lab, monkeypatch, [0.1, 0.3, 0.2, 0.3, 0.9])
+    assert len(after) == 4
+    assert_same(kept, after[1])
+    assert not kept.training
+    kept, *after = stopping(lab, monkeypatch, [0.1, 0.3, 0.2, 0.4, 0.2])
+    assert_same(kept, after[3])
+    assert len(after) == 5
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_kill_forgets_neither_the_best_epoch_nor_how_long_ago_it_was(lab, monkeypatch, tmp_path, epoch):
+    told = [0.1, 0.3, 0.2, 0.2, 0.9]
+    whole, *_ = stopping(lab, monkeypatch, told)
+
+    def report(progress: Progress) -> None:
+        if (progress.epoch, progress.step) == (epoch, 2):
+            raise Killed
+
+    started = replace(lab, checkpoint=tmp_path / "checkpoint")
+    with pytest.raises(Killed):
+        stopping(replace(started, report=report), monkeypatch, told)
+    kept, *after = stopping(started, monkeypatch, told[epoch:] + [0.9] * epoch)
+    assert len(after) == 4 - epoch
+    assert_same(kept, whole)
+
+
+def test_images_that_are_held_out_are_not_trained_on(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    used, watched, measure = set(), set(), training._measure
+
+    def measured(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measured:
+        watched.update(rows.tolist())
+        return measure(recipe, model, lab, rows)
+
+    monkeypatch.setattr(training, "_measure", measured)
+    model = net()
+
+    def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
+        used.update(noise.rows.tolist())
+        return cross_entropy(model)(x, y, noise, epoch)
+
+    Told(2, patience=1, told=loss)(model, lab)
+    assert len(watched) == 20
+    assert used == set(range(200)) - watched
+    Told(1, told=loss)(model, lab)
+    assert used == set(range(200))
+
+
+def test_an_epoch_is_measured_as_an_evaluation_would():
+    data = load("digits", "train").take(slice(300))
+    seen: list[Progress] = []
+    lab = Lab(lambda: data, Noise(0, torch.arange(300)), no_sources, report=seen.append)
+    model = make("defense", "standard:epochs=2,rate=0.005,shift=0")(build("cnn", data.shape, 10), lab)
+    assert {progress.measured for progress in seen[:2]} == {None}  # of three steps
+    outcome = evaluate(make("attack", "pgd:steps=10"), model, data.x, data.y, "linf:0.1")
+    assert seen[-1].measured is not None
+    assert seen[-1].measured.clean == (outcome.status != "wrong").mean()
+    assert seen[-1].measured.robust == pytest.approx((outcome.status == "held").mean(), abs=0.03)
+    assert 0.1 < seen[-1].measured.robust < seen[-1].measured.clean
+
+
+def test_patience_does_not_count_while_eps_rises():
+    recipe = make("defense", "fast:eps=0.1,warmup=3,patience=1")
+    assert recipe.easing == 3
+    assert make("defense", "standard:patience=1").easing == 0
+
+
+# settings and data
+
+
+def test_schedules_hit_their_end_points():
+    step, cyclic = Told(20, rate=0.1, schedule="step"), Told(20, rate=0.1, schedule="cyclic")
+    assert [step.rate_at(epoch) for epoch in (0, 9.99, 10, 14.99, 15, 20)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]
+    )
+    assert [cyclic.rate_at(epoch) for epoch in (0, 4, 8, 14, 20)] == pytest.approx([0, 0.05, 0.1, 0.05, 0])
+
+
+def test_after_each_step_the_recipe_has_its_way_with_the_weights(lab: Lab):
+    @dataclass(frozen=True)
+    class Still(Told):
+        def after_step(self, model: nn.Module, noise: Noise) -> None:
+            drawn.append(noise.uniform(torch.empty(1, 1)).item())
+            model.load_state_dict(net().state_dict())
+
+    drawn: list[float] = []
+    model = net()
+    Still()(model, lab)
+    assert_same(model, net())
+    assert len(set(drawn)) == 15
+
+
+@pytest.mark.parametrize("other", [{"rate": 0.004}, {"epochs": 4}, {"seed": 1}], ids=["rate", "epochs", "seed"])
+def test_a_checkpoint_of_another_training_is_refused(lab: Lab, tmp_path: Path, other: dict[str, Any]):
+    killed(lab, tmp_path / "checkpoint", 1, 1)
+    noise = Noise(other.get("seed", 0), torch.arange(200))
+    settings = {name: value for name, value in other.items() if name != "seed"}
+    with pytest.raises(ValueError, match="checkpoint belongs to a training with other settings, data or seed"):
+        trained(replace(lab, noise=noise, checkpoint=tmp_path / "checkpoint"), **settings)
+
+
+def test_a_class_without_images_is_named(lab: Lab):
+    data = replace(lab.data, classes=4)
+    with pytest.raises(ValueError, match=r"^the training data of halves has no image of classes 2, 3$"):
+        trained(replace(lab, images=lambda: data))
+    few = data.take(slice(5))
+    with pytest.raises(ValueError, match="patience needs 10 training images or more"):
+        trained(replace(lab, images=lambda: few), patience=1)
+
+
+@pytest.mark.parametrize("setting", ["epochs=0", "batch=0", "rate=0", "shift=-1", "patience=-1", "schedule=never"])
+def test_settings_that_cannot_be_are_one_line(setting: str):
+    with pytest.raises(ValueError, match=setting.partition("=")[0]):
+        make("defense", f"standard:{setting}")
 
 
 # the ascent
