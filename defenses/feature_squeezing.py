@@ -66,8 +66,10 @@ class FeatureSqueezing:
 
     @property
     def squeezers(self) -> list[Squeezer]:
-        settings = ((bit_depth, self.bits), (median, self.median), (non_local_means, self.strength))
-        return [partial(squeeze, by=by) for squeeze, by in settings if by is not None]
+        bits = [] if self.bits is None else [partial(bit_depth, by=self.bits)]
+        medians = [] if self.median is None else [partial(median, by=self.median)]
+        means = [] if self.strength is None else [partial(non_local_means, by=self.strength)]
+        return [*bits, *medians, *means]
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
         if not self.detect:
