@@ -211,7 +211,8 @@ def prepared(which: str, count: int) -> tuple[nn.Module, Tensor, Tensor, ThreatM
         right = (model(x[: 2 * count]).argmax(1) == y[: 2 * count]).nonzero()[:count, 0]
     x, y, within = x[right], y[right], ThreatModel(find_norm("linf"), eps)
     specs = {name: entry.specs["linf"] for name, entry in ATTACKS.items() if "linf" in entry.specs}
-    outcomes = {name: evaluate(spec, model, x, y, within) for name, spec in specs.items()}
+    own = {"sources": lambda spec: model}  # what transfer is crafted on: at its strongest, the model itself
+    outcomes = {name: evaluate(spec, model, x, y, within, **own) for name, spec in specs.items()}
     return model, x, y, within, {name: torch.from_numpy(found.status == BROKEN) for name, found in outcomes.items()}
 
 

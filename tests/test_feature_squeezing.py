@@ -18,7 +18,7 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import BROKEN, REJECTED
 from robustbench_lite.registry import make
 from robustbench_lite.trained import weights_hash
-from robustbench_lite.training import Lab, cross_entropy, fit
+from robustbench_lite.training import Lab
 
 DIGITS = data.load("digits")
 TRAIN = data.load("digits", "train")
@@ -36,8 +36,7 @@ def lab(seed: int = 0) -> Lab:
 def model() -> Defended:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10))
-    fit(net, lab(), cross_entropy(net), epochs=4, rate=3e-3)
-    return Defended(net).eval()
+    return make("defense", "standard:epochs=4,rate=3e-3,shift=0")(net, lab())
 
 
 # The squeezers

@@ -279,7 +279,7 @@ def test_transfer_stands_beside_white_box_and_is_weaker(run: Any, tmp_path: Path
     same, other = f"transfer:source=({standard})", f"transfer:source=({standard}@cnn)"
     results, watcher = run(["pgd:steps=10", same, other], [standard, madry], n=None)
     table = results.matrix().set_index("defense")
-    assert list(table.columns[3:]) == ["pgd:steps=10", same, other]
+    assert list(table.columns[4:]) == ["pgd:steps=10", same, other]
     assert table.loc[madry, "pgd:steps=10"] + 0.05 < table.loc[madry, [same, other]].min()
     broken = {entry.attack: entry.outcome.status == BROKEN for entry in results.entries if entry.defense == madry}
     assert (broken[same] | broken[other]).sum() > 20  # but it is an attack
