@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -182,8 +182,9 @@ def detection(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def _groups(entries: Iterable[Entry]) -> list[list[Entry]]:
-    """The entries of each leaderboard row, cut to the inputs that all of them have."""
+def _groups(entries: Iterable[Entry], proofs: Iterable[Proof]) -> list[list[Entry]]:
+    """The entries of each leaderboard row, cut to the inputs that all of them have; a certifier that found
+    counterexamples among these is one more attack."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
         groups.setdefault((*entry.row, entry.adaptive), []).append(entry)
@@ -192,7 +193,39 @@ def _groups(entries: Iterable[Entry]) -> list[list[Entry]]:
         common = reduce(np.intersect1d, [entry.outcome.row for entry in group])
         if len(common):
             cut.append([replace(entry, outcome=entry.outcome.select(common)) for entry in group])
+            cut[-1] += [_falsifier(proof, common) for proof in proofs if _falsifies(proof, group[0], common)]
     return cut
+
+
+def _falsifies(proof: Proof, entry: Entry, rows: NDArray[np.int64]) -> bool:
+    """Whether a proof, asked about all of ``rows`` in the entry's leaderboard row, has a counterexample to one."""
+    same = entry.adaptive and proof.row == entry.row and np.isin(rows, proof.certified.row).all()
+    return bool(same and (proof.certified.select(rows).status == FALSIFIED).any())
+
+
+def _falsifier(proof: Proof, rows: NDArray[np.int64]) -> Entry:
+    """A certifier as an attack: what it verified or could not decide is held."""
+    found = proof.certified.select(rows)
+    says = {FALSIFIED: BROKEN, WRONG: WRONG}
+    nothing = np.zeros(len(found), np.int64)
+    return Entry(
+        **{field.name: getattr(proof, field.name) for field in fields(Setting)},
+        attack=proof.certifier,
+        outcome=Outcome(
+            row=found.row,
+            label=found.label,
+            clean=found.clean,
+            adversarial=np.full(len(found), -1),
+            status=np.array([says.get(status, HELD) for status in found.status.tolist()]),
+            reason=np.full(len(found), ""),
+            distance=np.full(len(found), np.nan),
+            forwards=nothing,
+            backwards=nothing,
+            seconds=np.zeros(len(found)),
+            imaged=found.imaged,
+            images=found.images,
+        ),
+    )
 
 
 def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> dict[str, Any]:
@@ -221,12 +254,13 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
 
     Accuracies are fractions of the examples; ``_low`` and ``_high`` are their 95 % Wilson interval;
     ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs. A row of
-    attacks that are blind to the defense is not ``adaptive``, and has no rank.
+    attacks that are blind to the defense is not ``adaptive``, and has no rank. A counterexample of a certifier that was
+    asked about the same inputs breaks its input as an attack does.
     """
     import pandas as pd
 
     table = []
-    for group in _groups(entries):
+    for group in _groups(entries, proofs):
         first, outcomes = group[0], [entry.outcome for entry in group]
         count, held = len(outcomes[0]), robust(outcomes)
         low, high = wilson(int(held.sum()), count)
@@ -268,12 +302,12 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
     return board.loc[order].reset_index(drop=True)
 
 
-def matrix(entries: Iterable[Entry]) -> pd.DataFrame:
+def matrix(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:
     """Robust accuracy, a row a (data set, threat model, defense) and a column an attack; empty where it did not run."""
     import pandas as pd
 
     table = []
-    for group in _groups(entries):
+    for group in _groups(entries, proofs):
         about = {name: getattr(group[0], name) for name in ("dataset", "norm", "eps", "defense", "adaptive")}
         table.append(about | {entry.attack: float(robust([entry.outcome]).mean()) for entry in group})
     return pd.DataFrame(table)

@@ -71,7 +71,7 @@ class Results:
 
     def matrix(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.matrix`."""
-        return leaderboard.matrix(self.entries)
+        return leaderboard.matrix(self.entries, self.proofs)
 
     def rows(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.rows`."""
