@@ -84,7 +84,7 @@ def models() -> list[RenderableType]:
             entry.dataset,
             entry.model,
             percent(entry.clean_accuracy),
-            f"{percent(entry.robust_accuracy)} ({entry.threat}, {entry.attack})",
+            f"{percent(entry.robust_accuracy)} ({entry.threat}, {entry.attack}, n={entry.examples})",
         ]
         for entry in zoo.manifest()
     ]

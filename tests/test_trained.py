@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from robustbench_lite import data, models, registry, trained, training, zoo
 from robustbench_lite.defended import Defended
+from robustbench_lite.evaluation import evaluate
 from robustbench_lite.noise import Noise
+from robustbench_lite.outcome import HELD, WRONG
 from robustbench_lite.registry import defense, make
 from robustbench_lite.trained import Inputs, Workshop, fill, save, weights_hash
 from robustbench_lite.training import Lab, Progress
@@ -539,6 +541,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> 
         model="mlp",
         defense="standard:epochs=7",
         seed=0,
+        examples=100,
         clean_accuracy=0.9,
         robust_accuracy=0.1,
         threat="linf:0.1",
@@ -592,6 +595,32 @@ def test_every_shipped_file_is_what_the_manifest_says():
         assert all(value.isfinite().all() for value in model.state_dict().values())
     files = {path.name for path in zoo.FOLDER.iterdir() if path.suffix == ".safetensors"}
     assert files == {entry.file for entry in zoo.manifest()}
+
+
+@pytest.mark.parametrize("defense", [entry.defense for entry in zoo.manifest()])
+def test_a_shipped_model_is_as_good_as_the_manifest_says(defense: str):
+    (entry,) = (entry for entry in zoo.manifest() if entry.defense == defense)
+    measured(entry, 500, "pgd:steps=5", at_most=1.0)  # a weaker attack leaves more
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("defense", [entry.defense for entry in zoo.manifest()])
+def test_a_shipped_model_is_just_as_robust_as_the_manifest_says(defense: str):
+    (entry,) = (entry for entry in zoo.manifest() if entry.defense == defense)
+    measured(entry, 500, entry.attack, at_most=entry.robust_accuracy)
+
+
+def measured(entry: zoo.Shipped, count: int, attack: str, at_most: float) -> None:
+    """Measures an entry on few images: figures may differ by three standard deviations, and one image."""
+    few = data.load(entry.dataset).take(slice(count))
+    outcome = evaluate(attack, fresh(entry).eval(), few.x, few.y, entry.threat)
+
+    def slack(share: float) -> float:
+        return 3 * (share * (1 - share) / count) ** 0.5 + 1 / count
+
+    clean, robust = float((outcome.status != WRONG).mean()), float((outcome.status == HELD).mean())
+    assert clean == pytest.approx(entry.clean_accuracy, abs=slack(entry.clean_accuracy))
+    assert entry.robust_accuracy - slack(entry.robust_accuracy) <= robust <= at_most + slack(at_most)
 
 
 def test_every_shipped_defense_is_found_by_its_own_spec():

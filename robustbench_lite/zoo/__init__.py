@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Shipped:
-    """One entry of the manifest; accuracies are measured on all test images of the data set."""
+    """One entry of the manifest; accuracies are measured on the first ``examples`` test images of the data set."""
 
     file: str
     sha256: str
@@ -21,6 +21,7 @@ class Shipped:
     model: str
     defense: str
     seed: int
+    examples: int
     clean_accuracy: float
     robust_accuracy: float
     threat: str
