@@ -37,6 +37,8 @@ COMMANDS = {
         "strength/zoo.py --weights {mnist_cnn}",
         "strength/one_pixel.py --weights {cifar_cnn} --data-dir {data}",
         "strength/patch.py --data-dir {data}",
+        "strength/ensemble.py --data-dir {data}",
+        "strength/parseval.py",
     ],
 }
 FILES = {

@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 def _after_convolutions(shape: Shape) -> int:
-    """Positions left by two convolutions of kernel 4, stride 2, padding 1."""
+    """Positions left once height and width were halved twice."""
     return (shape[1] // 4) * (shape[2] // 4)
 
 
@@ -43,6 +43,24 @@ def cnn(shape: Shape, classes: int) -> nn.Module:
 def cnn_large(shape: Shape, classes: int) -> nn.Module:
     """conv32-conv64-fc256, kernels of 4 with stride 2."""
     return _cnn(shape, classes, (32, 64), 256)
+
+
+def lenet(shape: Shape, classes: int) -> nn.Module:
+    """LeNet-5 (LeCun et al., 1998) with ReLU, max pooling and padding: conv6-conv16-fc120-fc84."""
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * _after_convolutions(shape), 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    )
 
 
 def mlp(shape: Shape, classes: int) -> nn.Module:
@@ -90,6 +108,7 @@ def preact_resnet18(shape: Shape, classes: int) -> nn.Module:
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "cnn": cnn,
     "cnn-large": cnn_large,
+    "lenet": lenet,
     "mlp": mlp,
     "preact-resnet18": preact_resnet18,
 }
