@@ -17,7 +17,7 @@ from robustbench_lite.outcome import Certified, Outcome
 
 Chunk = Outcome | Certified
 
-SCHEMA = 1
+SCHEMA = 2
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 
