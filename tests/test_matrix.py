@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import data, matrix, registry
+from robustbench_lite import data, matrix, planning, registry
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.matrix import Results, Watcher, benchmark, load
 from robustbench_lite.problem import Access, Problem
@@ -418,7 +418,7 @@ def test_all_means_every_built_in_plugin(runs: Runs, monkeypatch: pytest.MonkeyP
 
 
 def test_all_defenses_are_the_recipes(monkeypatch: pytest.MonkeyPatch):
-    found = matrix._expand("defense", ["all"])
+    found = planning._expand("defense", ["all"])
     assert {"standard", "madry"} <= set(found)
     assert all(registry.find("defense", name).trains for name in found)  # type: ignore[attr-defined]
 

@@ -275,7 +275,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[Results, Notes]]:
 
 
 def test_transfer_stands_beside_white_box_and_is_weaker(run: Any, tmp_path: Path):
-    standard, madry = "standard:epochs=4", "madry:eps=0.1,warmup=1,epochs=6"
+    standard, madry = "standard:epochs=4", "madry:epochs=6,eps=0.1,warmup=1"
     same, other = f"transfer:source=({standard})", f"transfer:source=({standard}@cnn)"
     results, watcher = run(["pgd:steps=10", same, other], [standard, madry], n=None)
     table = results.matrix().set_index("defense")
