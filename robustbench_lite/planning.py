@@ -103,10 +103,8 @@ def plan(
     bare = [chain for chain, way in ways.items() if False not in way]
     if bare and (adaptive == "off" or (adaptive == "both" and len(bare) == len(ways))):
         raise ValueError(f"adaptive={adaptive}: {bare[0]} has no wrapper that an attack could be blind to")
-    assaults = {
-        chain: [Assault(*pair, way) for way in ways[chain] for pair in _foreign(workshop, chain, name, pairs, note)]
-        for name, chain in chains.items()
-    }
+    here = {chain: _foreign(workshop, chain, name, pairs, note) for name, chain in chains.items()}
+    assaults = {chain: [Assault(*pair, way) for way in ways[chain] for pair in here[chain]] for chain in here}
     if not proving and not any(assaults.values()):
         raise ValueError("there is no attack to run")
     return Plan(assaults, proving, _chosen("attack", [one for one in given if one != "all"]))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,7 @@ class Loss(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ABC):
     """A defense that trains, with Adam (Kingma & Ba, 2015): its settings and its :meth:`objective`.
 
     The ``schedule`` of the rate: half a cosine down to 0; steps to a tenth at one half and three quarters of the
@@ -102,11 +103,11 @@ class Recipe:
         fit(self, model, lab)
         return Defended(model).eval()
 
+    @abstractmethod
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         """The loss to minimise."""
-        raise NotImplementedError
 
-    def after_step(self, model: nn.Module, noise: Noise) -> None:
+    def after_step(self, model: nn.Module, noise: Noise) -> None:  # noqa: B027 - a hook, which most leave as it is
         """What is done to the weights after each step; ``noise`` is keyed by that step and has one row."""
 
     def threat(self, data: Images) -> ThreatModel | None:

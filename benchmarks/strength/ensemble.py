@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     options = parser.parse_args()
     test, sources = load("mnist").take(slice(options.images)), partial(load_defense, data_dir=options.data_dir)
-    away = [f"transfer:source={options.held_out},attack={attack}" for attack in ("fgsm", "(pgd:steps=40)")]
+    away = [f"transfer:source={options.held_out},attack={attack}" for attack in ("fgsm", "r-fgsm", "(pgd:steps=40)")]
     attacks = ["fgsm", "r-fgsm", *away, "pgd:steps=100"]
     print(f"linf 0.3, {len(test)} test images\n\n| attack | {' | '.join(DEFENSES)} |\n|---|---|---|")
     models = [sources(defense) for defense in DEFENSES]
