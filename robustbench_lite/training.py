@@ -26,7 +26,7 @@ MEASURED = 500  # images at most on which an epoch is measured; where training s
 class Measured(NamedTuple):
     """Accuracies after an epoch; the greater of two is the one with more robust, then with more clean accuracy."""
 
-    robust: float | None  # under PGD-10; None where nothing says at which eps
+    robust: float | None  # by the recipe's own measure; None where nothing says at which eps
     clean: float
 
 
@@ -114,6 +114,14 @@ class Recipe(ABC):
         """What robust accuracy is measured under: the data set's customary linf, where it has one."""
         return ThreatModel(find_norm("linf"), SOURCES[data.name].eps["linf"]) if data.name in SOURCES else None
 
+    def survives(self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Tensor:
+        """Which inputs count as robust after an epoch, (B,): those that PGD-10 from a random start leaves right."""
+        start, length = threat.sample(noise, x), customary_length(threat.eps, 10)
+        moved = ascend(input_gradient(model, Goal(y).cross_entropy), start, x, threat, 10, length)
+        with torch.no_grad():
+            right: Tensor = model(moved).argmax(1) == y
+        return right
+
     @property
     def easing(self) -> int:
         """Epochs at the beginning that no patience counts."""
@@ -152,8 +160,11 @@ class AdversarialRecipe(Recipe):
     def threat_at(self, epoch: float) -> ThreatModel:
         """What it trains against; ``epoch`` counts from 0 in fractions."""
         assert self.eps is not None, "completed by the harness"
-        eps = self.eps * min(1.0, epoch / self.warmup) if self.warmup else self.eps
-        return ThreatModel(find_norm(self.norm), eps)
+        return ThreatModel(find_norm(self.norm), self.eps * self.grown(epoch))
+
+    def grown(self, epoch: float) -> float:
+        """How much of eps the warm-up allows, from 0 to 1."""
+        return min(1.0, epoch / self.warmup) if self.warmup else 1.0
 
     @property
     def easing(self) -> int:
@@ -263,7 +274,7 @@ def _require_every_class(data: Images) -> None:
 
 
 def _measure(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measured:
-    """What the model is worth on these rows, in eval mode: clean, and under PGD-10 from a random start."""
+    """What the model is worth on these rows, in eval mode."""
     threat = recipe.threat(lab.data)
     clean = robust = 0
     model.eval()
@@ -273,12 +284,7 @@ def _measure(recipe: Recipe, model: nn.Module, lab: Lab, rows: Tensor) -> Measur
             right = model(x).argmax(1) == y
         clean += int(right.sum())
         if threat is not None:
-            start = threat.sample(lab.noise.at("measured").over(some), x)
-            moved = ascend(
-                input_gradient(model, Goal(y).cross_entropy), start, x, threat, 10, customary_length(threat.eps, 10)
-            )
-            with torch.no_grad():
-                robust += int((right & (model(moved).argmax(1) == y)).sum())
+            robust += int((right & recipe.survives(model, x, y, threat, lab.noise.at("measured").over(some))).sum())
     model.train()
     return Measured(None if threat is None else robust / len(rows), clean / len(rows))
 

@@ -27,7 +27,16 @@ from robustbench_lite.training import Lab, Progress
 from .nets import many_classes
 from .test_training import Killed, assert_same, no_sources
 
-RECIPES = ["fast:eps=0.1", "fgsm-training:eps=0.1", "trades:eps=0.1,steps=2", "gaussian", "parseval"]
+RECIPES = [
+    "fast:eps=0.1",
+    "fgsm-training:eps=0.1",
+    "trades:eps=0.1,steps=2",
+    "gaussian",
+    "parseval",
+    "ibp:eps=0.1",
+    "crown-ibp:eps=0.1",
+    "wong-kolter:eps=0.1,warm_start=false,projections=5",
+]
 
 
 def lab_of(data: Images) -> Lab:

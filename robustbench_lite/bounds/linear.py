@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,10 @@ class Bounds:
         """Lower bounds (B, S) on linear functions (B, S, ...) of the network's output."""
         count, values = functions.shape[1], functions.flatten(0, 1).to(self.ball.x)
         rows = torch.arange(len(functions), device=values.device).repeat_interleave(count)
-        least = self._least((self.graph.output, 0), len(rows), lambda part: Full(values[part], rows[part]))
+        if torch.is_grad_enabled() and self._free is None:  # what is kept for the backward pass, pieces do not save
+            least, _ = self._carry((self.graph.output, 0), Full(values, rows, count))
+        else:
+            least = self._least((self.graph.output, 0), len(rows), lambda part: Full(values[part], rows[part]))
         return least.view(len(functions), count)
 
     def _improves(self, node: Node, refine: bool) -> bool:
@@ -141,6 +145,9 @@ class Bounds:
 
     def _replaced(self, start: Start, node: Node, terms: Terms, lines: Lines) -> tuple[Terms, Tensor]:
         """Lines in place of the activations: the lower one where a coefficient is positive, else the upper."""
+        if isinstance(terms, Full) and terms.each and lines.lower_offset is None:
+            values, offset = _Replaced.apply(terms.values, terms.each, lines.lower, lines.gap, lines.upper_offset)
+            return terms.with_values(values), offset
         values, negative = terms.values, terms.values.clamp(max=0)
         below, gap = terms.at(lines.lower), terms.at(lines.gap)
         above_offset = terms.at(lines.upper_offset)
@@ -154,6 +161,31 @@ class Bounds:
         if lines.lower_offset is not None:
             offset = offset + dot(values - negative, terms.at(lines.lower_offset))
         return terms.with_values(torch.addcmul(values * below, negative, gap)), offset
+
+
+class _Replaced(torch.autograd.Function):
+    """:meth:`Bounds._replaced` where all inputs have equally many functions, with fewer passes over their coefficients:
+    a third faster, backwards included."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, each: int, below: Tensor, gap: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
+        many = values.unflatten(0, (-1, each))
+        negative = many < 0
+        slopes = torch.where(negative, (below + gap).unsqueeze(1), below.unsqueeze(1))
+        ctx.save_for_backward(many, negative, slopes, offset)
+        least = many.clamp(max=0).flatten(2) @ offset.flatten(1).unsqueeze(2)
+        return (many * slopes).flatten(0, 1), least.flatten()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        many, negative, slopes, offset = ctx.saved_tensors
+        carried, least = grads[0].view_as(many), grads[1].view(len(many), -1, 1)
+        pull = (least @ offset.flatten(1).unsqueeze(1)).view_as(many)
+        of_values = torch.where(negative, pull, 0).addcmul_(carried, slopes).flatten(0, 1)
+        change = carried * many
+        of_below = change.sum(1) if ctx.needs_input_grad[2] else None
+        of_offset = (many.clamp(max=0).flatten(2).transpose(1, 2) @ least).view_as(offset)
+        return of_values, None, of_below, change.mul_(negative).sum(1), of_offset
 
 
 def differences(labels: Tensor, classes: int) -> Tensor:

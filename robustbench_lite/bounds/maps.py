@@ -65,10 +65,11 @@ class Terms(ABC):
 
 @dataclass(frozen=True)
 class Full(Terms):
-    """Coefficients (N, ...) for all neurons of the layer."""
+    """Coefficients (N, ...) for all neurons of the layer; ``each`` is above 0 where every input has so many."""
 
     values: Tensor
     rows: Tensor
+    each: int = 0
 
     def at(self, layer: Tensor) -> Tensor:
         return layer if len(layer) == 1 else layer.index_select(0, self.rows)

@@ -1,0 +1,60 @@
+"""Training on the dual network."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from robustbench_lite.bounds import Ball, Bounds, Graph, estimated
+from robustbench_lite.noise import Noise
+from robustbench_lite.registry import defense
+from robustbench_lite.training import Lab
+
+from ._certified import CertifiedRecipe
+
+
+@defense("wong-kolter")
+@dataclass(frozen=True)
+class WongKolter(CertifiedRecipe):
+    """The worst cross-entropy that the dual network allows (Wong & Kolter, 2018, section 3).
+
+    Bounds on the layers are estimated by so many random ``projections`` (Wong et al., 2018, section 3.2), for linf, or
+    with 0 of them exact, which costs far more. ``warm_start`` begins with the weights that ``ibp`` gives at the same
+    eps. While it trains, robust accuracy is what the exact dual network proves.
+    """
+
+    epochs: int = 20
+    warmup: int = 5
+    kappa: float = 0.0
+    projections: int = 50
+    warm_start: bool = True
+
+    bibtex: ClassVar[str] = """@inproceedings{wong2018provable,
+  title     = {Provable Defenses against Adversarial Examples via the Convex Outer Adversarial Polytope},
+  author    = {Eric Wong and J. Zico Kolter},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2018}
+}"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.projections < 0:
+            raise ValueError(f"projections must be 0 or more, not {self.projections}")
+        if self.projections and self.norm != "linf":
+            raise ValueError(f"projections estimate bounds under linf; write projections=0 for {self.norm}")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (f"ibp:norm={self.norm},eps={self.eps}",) if self.warm_start else ()
+
+    def begin(self, model: nn.Module, lab: Lab) -> None:
+        for source in self.sources:
+            model.load_state_dict(lab.sources(source).model.state_dict())
+
+    def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
+        return Bounds(graph, ball, "parallel").lower(functions)
+
+    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, grown: float) -> Tensor:
+        if not self.projections:
+            return self.proved(graph, ball, functions)
+        return estimated(graph, ball, noise.at("projections"), self.projections).lower(functions)
