@@ -264,20 +264,19 @@ def run_suite(
     options.known([], [], defenses)
 
     from robustbench_lite import suites
-    from robustbench_lite.matrix import prepare
-    from robustbench_lite.trained import NONE, Inputs
+    from robustbench_lite.models import is_reference
+    from robustbench_lite.trained import NONE
 
     protocol = suites.load(suite)
-    if defenses or model or weights:
+    if defenses or weights or is_reference(model or ""):
         protocol = protocol.on(defenses or [NONE])
     if n is not None:
         protocol = protocol.shrunk(n)
-    if not quiet:
-        errors.print(f"robust-bench {__version__}: {protocol}, {protocol.dataset}", soft_wrap=True)
     given = {"model": model or protocol.model, "weights": weights, "device": device, "data_dir": data_dir}
     blocks = {block.name: protocol.asked(block) | given for block in protocol.block}
-    for asked in blocks.values():  # a mistake is told before anything is run
-        prepare(**asked, inputs=Inputs(*described))
+    running.possible(described, blocks.values())
+    if not quiet:
+        errors.print(f"robust-bench {__version__}: {protocol}, {protocol.dataset}", soft_wrap=True)
     kept: dict[str, Any] = {"seed": protocol.seed, "out": out, "fresh": fresh}
     if dry_run:
         running.foretell(errors, quiet, described, blocks, **kept)

@@ -182,10 +182,12 @@ def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> No
     known = [one.seconds for one in missing if one.seconds is not None]
     left = f", and {len(missing) - len(known)} of which nothing can be said" if len(known) < len(missing) else ""
     console.print(f"{len(missing)} of {len(cells)} cells are to be run: about {_duration(sum(known))}{left}")
-    console.print(
-        "This is rough: the queries of what is stored, or of a few inputs of the block's first defense, times what a "
-        "query of each defense takes here."
-    )
+    if missing:
+        console.print(
+            "This is rough: the queries of what is stored, or of a few inputs of the block's first defense, times what "
+            "a query of each defense takes here.",
+            soft_wrap=True,
+        )
 
 
 def _about(ahead: Ahead) -> str:

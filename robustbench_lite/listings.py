@@ -80,7 +80,7 @@ def suites() -> RenderableType:
     """A line a suite that comes with the package."""
     lines = [
         [suite.name, suite.version, suite.description, ", ".join(block.name for block in suite.block)]
-        for suite in protocols.builtin().values()
+        for suite in map(protocols.load, protocols.builtin())
     ]
     note = Text("robust-bench run NAME runs one; robust-bench run FILE.toml one of yours.")
     return Group(table("suites", ["suite", "version", "what it runs", "blocks"], lines), note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,17 @@ def run(errors: Console, quiet: bool, verbose: bool, inputs: options.Described, 
                 soft_wrap=True,
             )
             raise typer.Exit(STOPPED) from None
+
+
+def possible(inputs: options.Described, blocks: Iterable[Mapping[str, Any]]) -> None:
+    """Finds what cannot be run, and training data that is not there, before hours have gone into the rest."""
+    from robustbench_lite.matrix import prepare
+    from robustbench_lite.trained import Inputs
+
+    for asked in blocks:
+        _, workshop, wanted = prepare(inputs=Inputs(*inputs), **asked)
+        if wanted.learns:
+            assert workshop.training
 
 
 def foretell(

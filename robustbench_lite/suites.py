@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -28,7 +29,7 @@ _WANTS = {
     str | None: "text",
     int: "a whole number",
     Texts: "a list of texts",
-    dict: "tables, [block.NAME]",
+    dict: "a table",
 }
 
 
@@ -91,11 +92,10 @@ class Suite:
         return f"{self.name} {self.version}"
 
 
-def builtin() -> dict[str, Suite]:
-    """The suites that come with the package, by name."""
+def builtin() -> dict[str, Traversable]:
+    """The files of the suites that come with the package, by name."""
     folder = files("robustbench_lite.benchmarks.suites")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): _parsed(name, folder.joinpath(name).read_bytes()) for name in names}
+    return {file.name.removesuffix(".toml"): file for file in sorted(folder.iterdir(), key=lambda file: file.name)}
 
 
 def load(asked: str) -> Suite:
@@ -108,12 +108,12 @@ def load(asked: str) -> Suite:
     if not asked.endswith(".toml"):
         if asked not in there:
             raise ValueError(f"no suite {asked!r}; {suggest(asked, there, more=', and FILE.toml')}")
-        return there[asked]
+        return _parsed(there[asked].name, there[asked].read_bytes())
     try:
         suite = _parsed(asked, Path(asked).read_bytes())
     except OSError as error:
         raise ValueError(f"cannot read {asked}: {error.strerror}") from error
-    if there.get(suite.name, suite) != suite:
+    if suite.name in there and suite != load(suite.name):
         raise ValueError(f"{asked}: name: {suite.name} is a built-in suite, and another one; give yours another name")
     return suite
 
