@@ -156,6 +156,7 @@ def test_installed(installed, elsewhere):
     command = installed / "bin" / "robust-bench"
     works(command, folder=elsewhere, home=installed)
     assert run(command, "--version", folder=elsewhere) == "robust-bench 0.1.0\n"
+    assert "linf-blind" in run(command, "suites", folder=elsewhere)
     listed = run(command, "attacks", folder=elsewhere)
     assert "pgd" in listed
     assert "linf l2 l1" in listed
@@ -169,6 +170,7 @@ def test_installed_mnist_is_in_the_package(installed, elsewhere):
 
 def test_editable(editable, source, elsewhere):
     works(editable / "bin" / "robust-bench", folder=elsewhere, home=source)
+    assert "linf-blind" in run(editable / "bin" / "robust-bench", "suites", folder=elsewhere)
 
 
 def test_uninstalled_at_the_root(source, elsewhere):

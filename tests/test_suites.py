@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -145,6 +146,12 @@ def test_a_file_is_read_as_it_stands(place):
         "dataset": "digits",
         "model": None,
     }
+
+
+def test_the_example_of_the_readme_is_a_suite(place):
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    Path("mine.toml").write_text(block)
+    assert [block.name for block in suites.load("mine.toml").block] == ["linf", "queries"]
 
 
 @pytest.mark.parametrize("name", ["mnist", "smoke"])
