@@ -184,8 +184,8 @@ def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> No
     console.print(f"{len(missing)} of {len(cells)} cells are to be run: about {_duration(sum(known))}{left}")
     if missing:
         console.print(
-            "This is rough: the queries of what is stored, or of a few inputs of the block's first defense, times what "
-            "a query of each defense takes here.",
+            "This is rough: the queries of what is stored, or else of inputs that hold, times what a query of each "
+            "defense takes here; what is broken takes less.",
             soft_wrap=True,
         )
 

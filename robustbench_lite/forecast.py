@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_lite import registry
 from robustbench_lite.certifying import Court
+from robustbench_lite.data import Images
 from robustbench_lite.defended import Defended, ask, device_of
 from robustbench_lite.evaluation import check, frozen
 from robustbench_lite.matrix import BATCH, SILENT, Runner, Watcher, prepare
@@ -23,6 +24,7 @@ from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject, Untrained
 
 SAMPLE = 16  # inputs on which queries are counted: the fewest that a model is asked at once
+SMALL = 0.01  # the share of eps that does not fool what they are counted on
 
 Found = TypeVar("Found", bound=Rows)
 
@@ -46,9 +48,9 @@ def forecast(
 ) -> Iterator[Ahead]:
     """The cells of what :func:`robustbench_lite.matrix.prepare` is asked; trains nothing and writes nothing.
 
-    Queries an input are those of what is stored of a cell, or else are counted on ``SAMPLE`` inputs of the first
-    defense that there is; they are multiplied by what a query of each defense takes. Certifiers, and attacks that ask
-    the defense nothing, are timed instead.
+    An attack's queries an input are those of what is stored of its cell, or else are counted on ``SAMPLE`` inputs of a
+    linear model, under an eps so small that they hold; they are multiplied by what a query of each defense takes.
+    Certifiers, and attacks that ask the defense nothing, are timed on the first defense.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
@@ -57,7 +59,7 @@ def forecast(
     workshop = replace(workshop, trains=False)
     training = workshop.training if wanted.learns else None
     store, source = Store(Path(out), watcher.note), cache(workshop.source)
-    scout = _Scout(Runner(images, training, source, store, seed, None, BATCH, fresh, False, watcher))
+    scout = _Scout(Runner(images, training, source, store, seed, None, BATCH, fresh, False, watcher), _linear(images))
     for chain, assaults in wanted.assaults.items():
         cells = [*((one.attack, one.threat) for one in assaults), *wanted.proving]
         if not cells:
@@ -104,11 +106,22 @@ class Pace:
         return forwards * self.forward + backwards * self.backward if forwards else float(outcome.seconds.mean())
 
 
+def _linear(images: Images) -> Defended:
+    """Takes an input for the class whose mean image is nearest; costs next to nothing to ask."""
+    x = images.x.flatten(1)
+    one_hot = nn.functional.one_hot(images.y, images.classes).float()
+    means = one_hot.T @ x / one_hot.sum(0).clamp(min=1).unsqueeze(1)
+    layer = nn.Linear(x.shape[1], images.classes)
+    layer.load_state_dict({"weight": 2 * means, "bias": -means.square().sum(1)})
+    return Defended(nn.Sequential(nn.Flatten(), layer)).eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class _Scout:
     """Looks at cells one by one, and remembers what it tried."""
 
     runner: Runner
+    linear: Defended
     tried: dict[tuple[str, ThreatModel], Rows] = field(default_factory=dict)
 
     def attack(self, subject: Subject, pace: Pace, assault: Assault) -> Ahead:
@@ -125,8 +138,11 @@ class _Scout:
             return replace(about, why="it learns first")
 
         def sample() -> Outcome:
+            small = replace(threat, eps=1.0 if threat.norm.name == "l0" else SMALL * threat.eps)
             bench = self.runner.bench(subject, attack, threat, adaptive)
-            return bench.run(attack, *self._first())[0]
+            bench = replace(bench, model=self.linear, threat=small, classes=self.runner.images.classes, adaptive=True)
+            x, _, rows = self._first()
+            return bench.run(attack, x, self.linear(x).argmax(1), rows)[0]
 
         return replace(about, seconds=about.missing * pace(self._like(about, done, sample)))
 
@@ -148,13 +164,13 @@ class _Scout:
         return Ahead(subject.defense, registry.spec(plugin), threat, inputs, left)
 
     def _like(self, about: Ahead, done: list[Found], sample: Callable[[], Found]) -> Found:
-        """What a cell's inputs are taken to be like: those that are stored, else those of the first defense."""
+        """What a cell's inputs are taken to be like: those that are stored, else those that are tried."""
         key = about.plugin, about.threat
         if done:
             self.tried.setdefault(key, type(done[0]).join(done))
             return type(done[0]).join(done)
         if key not in self.tried:
-            self.runner.watcher.note(f"trying {about.plugin} on a few inputs of {about.defense}, {about.threat}")
+            self.runner.watcher.note(f"trying {about.plugin} under {about.threat} on a few inputs")
             self.tried[key] = sample()
         return cast(Found, self.tried[key])
 
