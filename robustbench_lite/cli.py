@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from robustbench_lite import __version__, options, registry
+from robustbench_lite import __version__, options, registry, running
 from robustbench_lite.options import HOW, RESULTS, TALK, WHAT
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from rich.console import Console
-
-    from robustbench_lite.matrix import Results
-
-UNKNOWN, USAGE, BELOW, STOPPED = 1, 2, 3, 130  # exit codes
+from robustbench_lite.running import STOPPED, USAGE
 
 app = typer.Typer(
     name="robust-bench",
@@ -123,18 +115,18 @@ def run(
     if save_patch is not None and save_patch.suffix.lower() != ".png":
         raise ValueError(f"--save-patch writes a PNG file; {save_patch.name} does not end in .png")
     attacks, certifiers = options.specs(attack) or ["pgd"], options.specs(certify)
-    defenses, errors = options.specs(defense), _errors()
+    defenses, errors = options.specs(defense), running.stderr()
     if not quiet and not as_json:
-        _announce(errors, ", ".join(attacks), defenses, model, weights, dataset)
+        running.announce(errors, ", ".join(attacks), defenses, model, weights, dataset)
     options.known(attacks, certifiers, defenses)
     if save_patch is not None and not any(spec == "all" or options.learns(spec) for spec in attacks):
         raise ValueError("--save-patch needs an attack that learns a patch: --attack patch --threat patch:0.1")
-    results = _benchmark(
+    results = running.run(
         errors,
         quiet or as_json,
         verbose,
-        n,
         inputs,
+        n=options.images(n, dataset, data_dir),
         attacks=attacks,
         defenses=defenses or None,
         certifiers=certifiers,
@@ -152,15 +144,15 @@ def run(
         fresh=fresh,
         keep_all=save_adversarials is not None,
     )
-    _write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
+    running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
     if save_patch is not None:
         errors.print(f"{save_patch} is the patch of {results.save_patch(save_patch)}", soft_wrap=True)
-    _show(results, as_json)
+    running.show(results, as_json)
     if not as_json:
-        _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
-    raise typer.Exit(_verdict(results, fail_below, errors))
+        running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
+    raise typer.Exit(running.verdict([results], errors) or running.below(results, fail_below, errors))
 
 
 @app.command()
@@ -204,16 +196,16 @@ def certify(
     inputs = options.described(mean, std, bounds, probabilities)
     files = [file for file in (csv, rows) if file is not None]
     options.writable(*files)
-    certifiers, defenses, errors = options.specs(method), options.specs(defense), _errors()
+    certifiers, defenses, errors = options.specs(method), options.specs(defense), running.stderr()
     if not quiet and not as_json:
-        _announce(errors, f"certifying by {', '.join(certifiers)}", defenses, model, weights, dataset)
+        running.announce(errors, f"certifying by {', '.join(certifiers)}", defenses, model, weights, dataset)
     options.known([], certifiers, defenses)
-    results = _benchmark(
+    results = running.run(
         errors,
         quiet or as_json,
         verbose,
-        n,
         inputs,
+        n=options.images(n, dataset, data_dir),
         attacks=[],
         defenses=defenses or None,
         certifiers=certifiers,
@@ -228,70 +220,75 @@ def certify(
         out=out,
         fresh=fresh,
     )
-    _write({csv: results.certificates, rows: results.certified_rows})
-    _show(results, as_json)
+    running.write({csv: results.certificates, rows: results.certified_rows})
+    running.show(results, as_json)
     if not as_json:
-        _output().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
+        running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
 
     from robustbench_lite.matrix import load
 
     against = replace(results, entries=load(out).entries)
-    raise typer.Exit(_violated(against, errors) or _verdict(results, None, errors))
+    raise typer.Exit(running.violated([against], errors) or running.verdict([results], errors))
 
 
-def _announce(
-    errors: Console, what: str, defenses: list[str], model: str | None, weights: Path | None, dataset: str
+@app.command("run")
+def run_suite(
+    suite: Annotated[str, typer.Argument(help="A name from `robust-bench suites`, or FILE.toml.")],
+    defense: options.Defenses = None,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=1, help="At most so many images a block: not the protocol.", rich_help_panel=WHAT),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what is missing, and estimate the time.", rich_help_panel=WHAT)
+    ] = False,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0:1",
+    probabilities: options.Probabilities = False,
+    device: options.Device = "auto",
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs"),
+    fresh: options.Fresh = False,
+    csv: options.Csv = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    subject = ", ".join(defenses) or model or weights or "the customary defense"
-    errors.print(f"robust-bench {__version__}: {what} on {subject}, {dataset}", soft_wrap=True)
+    """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
+    described = options.described(mean, std, bounds, probabilities)
+    files = [file for file in (csv,) if file is not None]
+    options.writable(*files)
+    defenses, errors = options.specs(defense), running.stderr()
+    options.known([], [], defenses)
 
+    from robustbench_lite import suites
+    from robustbench_lite.models import is_reference
+    from robustbench_lite.trained import NONE
 
-def _benchmark(
-    errors: Console, quiet: bool, verbose: bool, n: str | None, inputs: options.Described, **settings: Any
-) -> Results:
-    """The benchmark, with its progress on the screen and an interrupt explained."""
-    count = None if n is None else options.count(n)
-
-    from robustbench_lite.display import Display
-    from robustbench_lite.matrix import benchmark
-    from robustbench_lite.trained import Inputs
-
-    if n is None:
-        count = options.first(settings["dataset"], settings["data_dir"])
-    with Display(errors, quiet, verbose) as display:
-        try:
-            return benchmark(n=count, inputs=Inputs(*inputs), watcher=display, **settings)
-        except KeyboardInterrupt:
-            display.bars.stop()
-            errors.print(
-                f"stopped; what is finished ({display.finished} inputs) is kept in {settings['out']}: "
-                "run the same again to go on",
-                soft_wrap=True,
-            )
-            raise typer.Exit(STOPPED) from None
-
-
-def _verdict(results: Results, fail_below: float | None, errors: Console) -> int:
-    """The exit code, and a line that explains any but 0."""
-    violated = _violated(results, errors)
-    unknown = results.unknown_reasons()
-    for reason, count in unknown.items():
-        errors.print(f"unknown: {count} x {reason}", style="red", soft_wrap=True)
-    if violated or unknown:
-        return UNKNOWN
-    board = results.leaderboard()
-    lowest = min(map(float, board["robust_accuracy"][board["adaptive"].astype(bool)]), default=1.0)
-    if fail_below is not None and lowest < fail_below:
-        errors.print(f"robust accuracy {lowest:.4f} is below {fail_below:g}", style="red")
-        return BELOW
-    return 0
-
-
-def _violated(results: Results, errors: Console) -> int:
-    violations = results.violations()
-    for line in violations:
-        errors.print(f"violation: {line}", style="red", soft_wrap=True)
-    return UNKNOWN if violations else 0
+    protocol = suites.load(suite)
+    if defenses or weights or is_reference(model or ""):
+        protocol = protocol.on(defenses or [NONE])
+    if n is not None:
+        protocol = protocol.shrunk(n)
+    given = {"model": model or protocol.model, "weights": weights, "device": device, "data_dir": data_dir}
+    blocks = {block.name: protocol.asked(block) | given for block in protocol.block}
+    running.possible(described, blocks.values())
+    if not quiet:
+        errors.print(f"robust-bench {__version__}: {protocol}, {protocol.dataset}", soft_wrap=True)
+    kept: dict[str, Any] = {"seed": protocol.seed, "out": out, "fresh": fresh}
+    if dry_run:
+        running.foretell(errors, quiet, described, blocks, **kept)
+        return
+    found = {}
+    for name, asked in blocks.items():
+        running.stdout().print(f"{protocol}, block {name}", style="bold", soft_wrap=True)
+        found[name] = running.run(errors, quiet, verbose, described, **asked, **kept)
+        running.show(found[name], as_json=False)
+    running.write({csv: lambda: suites.leaderboard(protocol, found)})
+    running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
+    raise typer.Exit(running.verdict(found.values(), errors))
 
 
 @app.command()
@@ -309,7 +306,7 @@ def train(
 ) -> None:
     """Train a defense and save its weights; a training that was stopped goes on where it was."""
     options.writable(out)
-    errors = _errors()
+    errors = running.stderr()
     if not quiet:
         errors.print(f"robust-bench {__version__}: training {defense} on {dataset}", soft_wrap=True)
 
@@ -341,8 +338,8 @@ def train(
             errors.print("stopped; finished epochs are kept: run the same again to go on", soft_wrap=True)
             raise typer.Exit(STOPPED) from None
         sha256 = trained.save(defended.model, out, half)
-    _output().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", soft_wrap=True)
-    _output().print(
+    running.stdout().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", soft_wrap=True)
+    running.stdout().print(
         f"measure it: robust-bench --attack pgd --dataset {dataset} --model {workshop.architecture} --weights {out}",
         soft_wrap=True,
     )
@@ -360,33 +357,10 @@ def leaderboard(
     options.writable(*(file for file in (csv, matrix, rows) if file is not None))
     from robustbench_lite.matrix import load
 
-    results = load(folder, lambda text: _errors().print(f"note: {text}", style="yellow", soft_wrap=True))
-    _write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
-    _show(results, as_json)
-    raise typer.Exit(_violated(results, _errors()))
-
-
-def _write(tables: Mapping[Path | None, Callable[[], pd.DataFrame]]) -> None:
-    from robustbench_lite.matrix import write_csv
-
-    for path, table in tables.items():
-        if path is not None:
-            write_csv(table(), path)
-
-
-def _show(results: Results, as_json: bool) -> None:
-    """The leaderboard where something was attacked, and the certificates where something was certified."""
-    from robustbench_lite.display import show_certificates, show_results
-
-    attacked = bool(results.entries)
-    if as_json:
-        shown = results.leaderboard() if attacked else results.certificates()
-        print(shown.to_json(orient="records", indent=2, double_precision=15))
-        return
-    if attacked:
-        show_results(_output(), results.matrix(), results.leaderboard())
-    if results.proofs:
-        show_certificates(_output(), results.certificates())
+    results = load(folder, lambda text: running.stderr().print(f"note: {text}", style="yellow", soft_wrap=True))
+    running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
+    running.show(results, as_json)
+    raise typer.Exit(running.violated([results], running.stderr()))
 
 
 def _listing(kind: registry.Kind) -> None:
@@ -394,7 +368,7 @@ def _listing(kind: registry.Kind) -> None:
     def command(name: Annotated[str | None, NAME] = None) -> None:
         from robustbench_lite import listings
 
-        _output().print(listings.explain(kind, name) if name else listings.overview(kind))
+        running.stdout().print(listings.explain(kind, name) if name else listings.overview(kind))
 
 
 for _kind in registry.KINDS:
@@ -406,7 +380,15 @@ def datasets() -> None:
     """List the data sets, with each norm's customary eps."""
     from robustbench_lite import listings
 
-    _output().print(listings.datasets())
+    running.stdout().print(listings.datasets())
+
+
+@app.command()
+def suites() -> None:
+    """List the suites that come with the package."""
+    from robustbench_lite import listings
+
+    running.stdout().print(listings.suites())
 
 
 @app.command()
@@ -414,7 +396,7 @@ def models() -> None:
     """List the architectures, and the weights that ship."""
     from robustbench_lite import listings
 
-    _output().print(*listings.models(), sep="\n")
+    running.stdout().print(*listings.models(), sep="\n")
 
 
 @app.command()
@@ -430,7 +412,7 @@ def layers(
     from robustbench_lite.display import Display
 
     test = data.load(dataset, "test", data_dir)
-    with Display(_errors(), quiet=False, verbose=False) as display:
+    with Display(running.stderr(), quiet=False, verbose=False) as display:
         workshop = trained.Workshop(
             dataset,
             test.shape,
@@ -442,7 +424,7 @@ def layers(
             progress=display.training,
         )
         defended = workshop.subject(defense).model
-    _output().print(listings.layers(defended, test.x[:2]))
+    running.stdout().print(listings.layers(defended, test.x[:2]))
 
 
 @app.command()
@@ -450,7 +432,7 @@ def cache(clear: Annotated[bool, typer.Option("--clear", help="Delete it all.")]
     """Show what was downloaded and trained, and where it is."""
     from robustbench_lite import listings
 
-    _output().print(listings.cache(clear))
+    running.stdout().print(listings.cache(clear))
 
 
 @app.command()
@@ -458,7 +440,7 @@ def doctor(data_dir: options.DataDir = None) -> None:
     """Print versions, devices and folders, and say what is missing."""
     from robustbench_lite import listings
 
-    _output().print(listings.doctor(data_dir))
+    running.stdout().print(listings.doctor(data_dir))
 
 
 def main() -> int:
@@ -476,15 +458,3 @@ def main() -> int:
         return STOPPED
     print(f"robust-bench: error: {' '.join(message.split())}", file=sys.stderr)
     return USAGE
-
-
-def _output() -> Console:
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False)
-
-
-def _errors() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, emoji=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from robustbench_lite.training import Progress as Training
 if TYPE_CHECKING:
     import pandas as pd
 
+    from robustbench_lite.forecast import Ahead
 
 ROBUST, CERTIFIED = "robust [95 %]", "certified [95 %]"
 WHOLE = {ROBUST, CERTIFIED, "threat", "data set", "attack", "defense"}  # columns whose cells are not broken over lines
@@ -166,6 +167,39 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
         heads += ["verified", "falsified", "unknown", "unsupported", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+
+
+def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> None:
+    """A line a cell, block by block, and how long all may take."""
+    heads = ["defense", "attack or certifier", "threat", "missing", "about"]
+    for name, cells in blocks.items():
+        lines = [
+            [one.defense, one.plugin, str(one.threat), f"{one.missing} of {one.inputs}", _about(one)] for one in cells
+        ]
+        console.print(table(f"Block {name}", heads, lines))
+    cells = [one for block in blocks.values() for one in block]
+    missing = [one for one in cells if one.missing]
+    known = [one.seconds for one in missing if one.seconds is not None]
+    left = f", and {len(missing) - len(known)} of which nothing can be said" if len(known) < len(missing) else ""
+    console.print(f"{len(missing)} of {len(cells)} cells are to be run: about {_duration(sum(known))}{left}")
+    if missing:
+        console.print(
+            "This is rough: the queries of what is stored, or else of inputs that hold, times what a query of each "
+            "defense takes here; what is broken takes less.",
+            soft_wrap=True,
+        )
+
+
+def _about(ahead: Ahead) -> str:
+    return ahead.why if ahead.seconds is None else _duration(ahead.seconds) if ahead.missing else ""
+
+
+def _duration(seconds: float) -> str:
+    """Two figures of it: 40 s, 12 min, 3.5 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def _defense(row: Any) -> str:

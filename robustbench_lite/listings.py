@@ -13,6 +13,7 @@ from rich.text import Text
 
 from robustbench_lite import __version__, data, registry, zoo
 from robustbench_lite import models as architectures
+from robustbench_lite import suites as protocols
 from robustbench_lite.display import percent, table
 from robustbench_lite.norms import NORMS
 
@@ -73,6 +74,16 @@ def datasets() -> RenderableType:
     heads = ["data set", "shape", "classes", "train", "test", "customary eps", "where it comes from"]
     note = Text("npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y.")
     return Group(table("data sets", heads, lines), note)
+
+
+def suites() -> RenderableType:
+    """A line a suite that comes with the package."""
+    lines = [
+        [suite.name, suite.version, suite.description, ", ".join(block.name for block in suite.block)]
+        for suite in map(protocols.load, protocols.builtin())
+    ]
+    note = Text("robust-bench run NAME runs one; robust-bench run FILE.toml one of yours.")
+    return Group(table("suites", ["suite", "version", "what it runs", "blocks"], lines), note)
 
 
 def models() -> list[RenderableType]:

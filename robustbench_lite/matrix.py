@@ -22,7 +22,7 @@ from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
-from robustbench_lite.planning import plan
+from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.threat import ThreatModel
@@ -180,11 +180,62 @@ def benchmark(
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
+    images, workshop, wanted = prepare(
+        attacks,
+        defenses,
+        dataset,
+        threats,
+        n=n,
+        model=model,
+        weights=weights,
+        inputs=inputs,
+        adaptive=adaptive,
+        device=device,
+        data_dir=data_dir,
+        certifiers=certifiers,
+        watcher=watcher,
+    )
+    store = Store(Path(out), watcher.note)
+    store.prepare()
+    source = cache(workshop.source)
+    wanted = wanted.with_sources(source, watcher.note)
+    watcher.planned(len(wanted) * len(images))
+    training = workshop.training if wanted.learns else None
+    runner = Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
+    entries, proofs = [], []
+    for chain, assaults in wanted.assaults.items():
+        subject = workshop.subject(chain)
+        with frozen(subject.model):
+            entries += [runner.attack(subject, *assault) for assault in assaults]
+            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
+    return _in_order(entries, proofs)
+
+
+def prepare(
+    attacks: str | Sequence[str | Attack],
+    defenses: str | Sequence[str] | None,
+    dataset: str,
+    threats: Sequence[str | ThreatModel] | None,
+    *,
+    n: int | None,
+    model: str | nn.Module | None = None,
+    weights: str | Path | None = None,
+    inputs: Inputs = AS_IS,
+    adaptive: str = "on",
+    device: str = "auto",
+    data_dir: str | Path | None = None,
+    certifiers: str | Sequence[str | Certifier] = (),
+    watcher: Watcher = SILENT,
+) -> tuple[data.Images, Workshop, Plan]:
+    """The images, the workshop and the plan of what :func:`benchmark` is asked; nothing is trained, run or written.
+
+    Raises:
+        ValueError: as :func:`benchmark` does.
+    """
     images = data.load(dataset, "test", _path(data_dir))
     count = len(images) if n is None else n
     if not 1 <= count <= len(images):
         raise ValueError(f"n must be 1 to {len(images)} (the test images of {dataset}), not {count}")
-    place = find_device(device)
     workshop = Workshop(
         dataset,
         images.shape,
@@ -193,26 +244,12 @@ def benchmark(
         model=model,
         weights=_path(weights),
         inputs=inputs,
-        device=place,
+        device=find_device(device),
         note=watcher.note,
         progress=watcher.training,
     )
     wanted = plan(workshop, images, attacks, defenses, certifiers, threats, adaptive, watcher.note)
-    store = Store(Path(out), watcher.note)
-    store.prepare()
-    source = cache(workshop.source)
-    wanted = wanted.with_sources(source, watcher.note)
-    watcher.planned(len(wanted) * count)
-    training = workshop.training if wanted.learns else None
-    images = images.take(slice(count))
-    runner = _Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
-    entries, proofs = [], []
-    for chain, assaults in wanted.assaults.items():
-        subject = workshop.subject(chain)
-        with frozen(subject.model):
-            entries += [runner.attack(subject, *assault) for assault in assaults]
-            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
-    return _in_order(entries, proofs)
+    return images.take(slice(count)), workshop, wanted
 
 
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:
@@ -264,7 +301,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Runner:
+class Runner:
     """Runs cells, chunk by chunk, on one set of images; an attack that learns does so once a cell."""
 
     images: data.Images
@@ -279,21 +316,14 @@ class _Runner:
     watcher: Watcher
 
     def attack(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> leaderboard.Entry:
-        cell = self._cell(subject, attack, threat, adaptive=adaptive)
+        cell = self.cell(subject, attack, threat, adaptive=adaptive)
         if getattr(attack, "minimises", False):
             self.store.ask(cell, threat.eps)
         learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
-        done, missing = self._stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
+        done, missing = self.stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
         self._advance(subject, attack, threat, sum(map(len, done)))
         if missing:
-            classes = self._check(subject.model, threat)
-            sources = checked(
-                lambda spec: self.source(spec, attack.name).model, classes, self.images.x, self.images.y, threat
-            )
-            bench = Bench(
-                subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, adaptive, sources
-            )
-            self._check(bench.known, threat)
+            bench = self.bench(subject, attack, threat, adaptive)
             if learns(attack):
                 learned = self._learned(cell, bench, attack) if learned is None else learned
                 attack = replace(cast(Any, attack), learned=learned)
@@ -308,10 +338,20 @@ class _Runner:
         entry = _entry(cell, threat, Outcome.join(done))
         return entry if learned is None else replace(entry, learned=learned.float().numpy())
 
+    def bench(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> Bench:
+        """Where the attack is run."""
+        classes, x, y = self._check(subject.model, threat), self.images.x, self.images.y
+        sources = checked(lambda spec: self.source(spec, attack.name).model, classes, x, y, threat)
+        bench = Bench(
+            subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, adaptive, sources
+        )
+        self._check(bench.known, threat)
+        return bench
+
     def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel, radius: bool) -> leaderboard.Proof:
         """A chunk at a time, since that is what an error of the certifier may cost."""
-        cell = self._cell(subject, certifier, threat, searches(certifier, radius))
-        done, missing = self._stored(Certified, cell, self.fresh)
+        cell = self.cell(subject, certifier, threat, searches(certifier, radius))
+        done, missing = self.stored(Certified, cell, self.fresh)
         self._advance(subject, certifier, threat, sum(map(len, done)))
         if missing:
             self._check(subject.model, threat)
@@ -326,7 +366,7 @@ class _Runner:
             self.watcher.note(f"certifier {proof.certifier} does not cover {subject.defense}: {reason}")
         return proof
 
-    def _stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
+    def stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
         """The chunks that are there, and the spans of rows that are not."""
         stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
         done: list[Found] = []
@@ -360,7 +400,7 @@ class _Runner:
     def _advance(self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, inputs: int) -> None:
         self.watcher.advanced(subject.defense, registry.spec(plugin), threat, inputs)
 
-    def _cell(
+    def cell(
         self,
         subject: Subject,
         plugin: Attack | Certifier,

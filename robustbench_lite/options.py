@@ -130,6 +130,11 @@ def first(dataset: str, data_dir: Path | None) -> int:
     return min(1000, source.test if source else len(data.load(dataset, "test", data_dir)))
 
 
+def images(text: str | None, dataset: str, data_dir: Path | None) -> int | None:
+    """How many images are attacked; None stands for all."""
+    return first(dataset, data_dir) if text is None else count(text)
+
+
 def count(text: str) -> int | None:
     return None if text == "all" else whole("--n", text)
 

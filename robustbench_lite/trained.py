@@ -22,6 +22,10 @@ from robustbench_lite.wording import one_line
 NONE = "none"  # the defense of a model that is evaluated as it is
 
 
+class Untrained(ValueError):
+    """A defense that does not ship, is not in the cache, and must not be trained here."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """A defended model that is to be attacked, and what it is."""
@@ -72,6 +76,7 @@ class Workshop:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     note: Callable[[str], None] = _silent
     progress: Callable[[str, Progress], None] = _silent
+    trains: bool = True  # or what does not ship and is not in the cache cannot be had
     asking: tuple[str, ...] = ()  # where this makes a source: what asked for it, and what asked for that
 
     @property
@@ -229,6 +234,8 @@ class Workshop:
             model = models.build(self.architecture, self.shape, self.classes)
             fill(model, file)
             return Defended(model)
+        if not self.trains:
+            raise Untrained(f"{self._called(recipe)} is trained first")
         self.note(f"{self._called(recipe)} on {self.dataset} does not ship: training it once, into {file}")
         defended = self.train(recipe)
         save(defended.model, file)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("robustbench_lite", "attacks", "defenses", "certify", "tests")
+FOLDERS = ("robustbench_lite", "attacks", "defenses", "certify", "benchmarks", "tests")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 MODEL = """
 import torch
@@ -123,6 +123,7 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     for folder in ("attacks", "defenses", "certify"):
         modules |= {f"robustbench_lite/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     kinds = (".py", ".toml", ".safetensors")
+    modules |= {f"robustbench_lite/benchmarks/suites/{path.name}" for path in (ROOT / "benchmarks/suites").iterdir()}
     zoo = (path.name for path in (ROOT / "robustbench_lite/zoo").iterdir() if path.suffix in kinds)
     needed = {
         "robustbench_lite/py.typed",
@@ -132,7 +133,7 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     }
     ours = {name for name in names if name.startswith("robustbench_lite/")}
     assert ours == modules | needed | {f"robustbench_lite/zoo/{name}" for name in zoo}
-    assert not [name for name in names if "test" in name or "benchmarks" in name or "pyproject" in name]
+    assert not [name for name in names if "test" in name or "publish" in name or "pyproject" in name]
     with zipfile.ZipFile(wheel) as file:
         shipped = file.read("robustbench_lite/mnist/t10k-images-idx3-ubyte.gz")
     assert shipped == (ROOT / "robustbench_lite/mnist/t10k-images-idx3-ubyte.gz").read_bytes()
@@ -155,6 +156,7 @@ def test_installed(installed, elsewhere):
     command = installed / "bin" / "robust-bench"
     works(command, folder=elsewhere, home=installed)
     assert run(command, "--version", folder=elsewhere) == "robust-bench 0.1.0\n"
+    assert "linf-blind" in run(command, "suites", folder=elsewhere)
     listed = run(command, "attacks", folder=elsewhere)
     assert "pgd" in listed
     assert "linf l2 l1" in listed
@@ -168,6 +170,7 @@ def test_installed_mnist_is_in_the_package(installed, elsewhere):
 
 def test_editable(editable, source, elsewhere):
     works(editable / "bin" / "robust-bench", folder=elsewhere, home=source)
+    assert "linf-blind" in run(editable / "bin" / "robust-bench", "suites", folder=elsewhere)
 
 
 def test_uninstalled_at_the_root(source, elsewhere):

@@ -14,8 +14,8 @@ CORE = "robustbench_lite"
 PLUGINS = ("attacks", "defenses", "certify")
 # top to bottom: a module of the core imports only from its own line or the lines below it
 LAYERS = [
-    {"__init__", "__main__", "cli", "options", "display", "listings"},
-    {"matrix", "planning", "leaderboard", "report", "audit"},
+    {"__init__", "__main__", "cli", "options", "running", "display", "listings"},
+    {"matrix", "planning", "suites", "forecast", "leaderboard", "report", "audit"},
     {"evaluation", "certifying", "trained", "store", "outcome"},
     {
         "plugins",

@@ -1,0 +1,140 @@
+"""What the commands that run something have in common: an announcement, progress, tables and a verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from robustbench_lite import __version__, options
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from robustbench_lite.matrix import Results
+
+UNKNOWN, USAGE, BELOW, STOPPED = 1, 2, 3, 130  # exit codes
+
+
+def announce(
+    errors: Console, what: str, defenses: list[str], model: str | None, weights: Path | None, dataset: str
+) -> None:
+    subject = ", ".join(defenses) or model or weights or "the customary defense"
+    errors.print(f"robust-bench {__version__}: {what} on {subject}, {dataset}", soft_wrap=True)
+
+
+def run(errors: Console, quiet: bool, verbose: bool, inputs: options.Described, **settings: Any) -> Results:
+    """The benchmark, with its progress on the screen and an interrupt explained."""
+    from robustbench_lite.display import Display
+    from robustbench_lite.matrix import benchmark
+    from robustbench_lite.trained import Inputs
+
+    with Display(errors, quiet, verbose) as display:
+        try:
+            return benchmark(inputs=Inputs(*inputs), watcher=display, **settings)
+        except KeyboardInterrupt:
+            display.bars.stop()
+            errors.print(
+                f"stopped; what is finished ({display.finished} inputs) is kept in {settings['out']}: "
+                "run the same again to go on",
+                soft_wrap=True,
+            )
+            raise typer.Exit(STOPPED) from None
+
+
+def possible(inputs: options.Described, blocks: Iterable[Mapping[str, Any]]) -> None:
+    """Finds what cannot be run, and training data that is not there, before hours have gone into the rest."""
+    from robustbench_lite.matrix import prepare
+    from robustbench_lite.trained import Inputs
+
+    for asked in blocks:
+        _, workshop, wanted = prepare(inputs=Inputs(*inputs), **asked)
+        if wanted.learns:
+            assert workshop.training
+
+
+def foretell(
+    errors: Console, quiet: bool, inputs: options.Described, blocks: Mapping[str, Mapping[str, Any]], **settings: Any
+) -> None:
+    """What is missing of each block, and how long it may take."""
+    from robustbench_lite.display import Display, show_forecast
+    from robustbench_lite.forecast import forecast
+    from robustbench_lite.trained import Inputs
+
+    with Display(errors, quiet, verbose=False) as display:
+        ahead = {
+            name: list(forecast(inputs=Inputs(*inputs), watcher=display, **asked, **settings))
+            for name, asked in blocks.items()
+        }
+    show_forecast(stdout(), ahead)
+
+
+def verdict(found: Collection[Results], errors: Console) -> int:
+    """The exit code, and a line that explains any but 0."""
+    broken, unknown = violated(found, errors), Counter[str]()
+    for results in found:
+        unknown.update(results.unknown_reasons())
+    for reason, count in unknown.items():
+        errors.print(f"unknown: {count} x {reason}", style="red", soft_wrap=True)
+    return UNKNOWN if broken or unknown else 0
+
+
+def below(results: Results, limit: float | None, errors: Console) -> int:
+    """The exit code where a robust accuracy is too low, and a line that says so."""
+    board = results.leaderboard()
+    lowest = min(map(float, board["robust_accuracy"][board["adaptive"].astype(bool)]), default=1.0)
+    if limit is None or lowest >= limit:
+        return 0
+    errors.print(f"robust accuracy {lowest:.4f} is below {limit:g}", style="red")
+    return BELOW
+
+
+def violated(found: Collection[Results], errors: Console) -> int:
+    """The exit code of certificates that were broken, and a line each; those of one run count for all."""
+    from robustbench_lite.leaderboard import violations
+
+    entries = [entry for results in found for entry in results.entries]
+    proofs = [proof for results in found for proof in results.proofs]
+    lines = dict.fromkeys(violations(entries, proofs))
+    for line in lines:
+        errors.print(f"violation: {line}", style="red", soft_wrap=True)
+    return UNKNOWN if lines else 0
+
+
+def write(tables: Mapping[Path | None, Callable[[], pd.DataFrame]]) -> None:
+    from robustbench_lite.matrix import write_csv
+
+    for path, table in tables.items():
+        if path is not None:
+            write_csv(table(), path)
+
+
+def show(results: Results, as_json: bool) -> None:
+    """The leaderboard where something was attacked, and the certificates where something was certified."""
+    from robustbench_lite.display import show_certificates, show_results
+
+    attacked = bool(results.entries)
+    if as_json:
+        shown = results.leaderboard() if attacked else results.certificates()
+        print(shown.to_json(orient="records", indent=2, double_precision=15))
+        return
+    if attacked:
+        show_results(stdout(), results.matrix(), results.leaderboard())
+    if results.proofs:
+        show_certificates(stdout(), results.certificates())
+
+
+def stdout() -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
+def stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, markup=False, emoji=False)
