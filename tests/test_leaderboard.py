@@ -235,7 +235,7 @@ def test_the_columns_are_those_that_are_promised():
     assert " ".join(LEADERBOARD) == (
         "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
         " certified_low certified_high robust_accuracy robust_low robust_high worst_attack attacks"
-        " certifiers detection_rate false_positives threshold unknown forwards backwards seconds seed version"
+        " certifiers detection_rate false_positives threshold unknown flags forwards backwards seconds seed version"
     )
 
 
