@@ -288,7 +288,7 @@ def test_flags_go_to_their_own_row():
 
 @pytest.mark.parametrize("defense", ["standard", "madry"])
 def test_shipped_models_at_their_customary_eps_are_not_flagged(defense: str, tmp_path: Path):
-    attacks = ["fgsm", "pgd:steps=10", "apgd:steps=10", "square:queries=20"]
+    attacks = ["fgsm", "pgd:steps=6", "apgd:steps=6", "square:queries=20"]
     results = benchmark(attacks, [defense], n=100, out=tmp_path)
     assert [str(finding) for finding in results.findings] == []
     assert len(results.probes) == 1
