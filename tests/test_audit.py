@@ -91,6 +91,7 @@ def test_attacks_are_held_against_those_with_the_same_target_and_model_only():
     assert flagged(entry("strong to 3", range(30)), replace(weak, attack="weak to 3")) == {"one-step": (7, 0)}
     for other in ({"defense": "standard"}, {"adaptive": False}, {"seed": 1}, {"subject": "other weights"}):
         assert flagged(replace(entry("strong", range(30)), **other), weak) == {}
+        assert flagged(replace(entry("strong", range(30)), **other), WEAKER["eps"](range(37))) == {}
 
 
 def test_inputs_of_which_an_attack_does_not_know_how_they_ended_do_not_count():
@@ -196,6 +197,9 @@ def test_attacks_that_do_no_better_than_noise_are_flagged():
     idle = replace(entry("idle", range(0)), outcome=by_noise)
     assert seen(probed, idle)["noise"] == (shaken, shaken)
     assert "noise" not in seen(probed, idle, entry("pgd", range(100)))
+    assert "noise" not in seen(
+        replace(probed, noise=np.full(100, "broken")), entry("pgd", range(100))
+    )  # nothing is left
     calm = replace(probed, noise=np.full(100, "held"))
     assert "noise" not in seen(calm, entry("idle", range(0)))
 
