@@ -70,6 +70,12 @@ def run(
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit/--no-audit", help="Probe each model, for flags of what not to believe.", rich_help_panel=HOW
+        ),
+    ] = True,
     csv: options.Csv = None,
     matrix: Annotated[
         Path | None, typer.Option(help="Write the matrix, attack by defense.", rich_help_panel=RESULTS)
@@ -142,6 +148,7 @@ def run(
         data_dir=data_dir,
         out=out,
         fresh=fresh,
+        probe=audit,
         keep_all=save_adversarials is not None,
     )
     running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
@@ -151,6 +158,8 @@ def run(
         errors.print(f"{save_patch} is the patch of {results.save_patch(save_patch)}", soft_wrap=True)
     running.show(results, as_json)
     if not as_json:
+        if results.findings:
+            running.stdout().print(f"robust-bench audit {out} says what ! means", soft_wrap=True)
         running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
     raise typer.Exit(running.verdict([results], errors) or running.below(results, fail_below, errors))
 
@@ -361,6 +370,26 @@ def leaderboard(
     running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     running.show(results, as_json)
     raise typer.Exit(running.violated([results], running.stderr()))
+
+
+@app.command()
+def audit(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    csv: Annotated[Path | None, typer.Option(help="Write a line a flag, with its two figures.")] = None,
+) -> None:
+    """Say which rows of a results folder not to believe, by what figures, and what to do."""
+    options.writable(*(file for file in (csv,) if file is not None))
+    from robustbench_lite.matrix import load
+
+    results = load(folder, lambda text: running.stderr().print(f"note: {text}", style="yellow", soft_wrap=True))
+    running.write({csv: results.audit})
+    output = running.stdout()
+    for finding in results.findings:
+        output.print(str(finding), soft_wrap=True)
+    board = results.leaderboard()
+    output.print(f"{(board['flags'] != '').sum()} of {len(board)} rows flagged", soft_wrap=True)
+    if bare := results.unprobed:
+        output.print(f"not probed: {'; '.join(bare)}; run them again without --no-audit", soft_wrap=True)
 
 
 def _listing(kind: registry.Kind) -> None:

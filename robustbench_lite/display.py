@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ROBUST, CERTIFIED = "robust [95 %]", "certified [95 %]"
 WHOLE = {ROBUST, CERTIFIED, "threat", "data set", "attack", "defense"}  # columns whose cells are not broken over lines
+FLAGGED = " !"  # marks a figure that an audit doubts
 WIDE = 120  # characters, from which on a line has room for the leaderboard's costs
 
 
@@ -123,7 +124,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         CERTIFIED if wide else "proved": lambda row: _cell(
             row["certified_accuracy"], row["examples"] if wide else None
         ),
-        ROBUST: lambda row: interval(row["robust_accuracy"], row["examples"]),
+        ROBUST: lambda row: interval(row["robust_accuracy"], row["examples"]) + FLAGGED * bool(row["flags"]),
         "worst attack": lambda row: row["worst_attack"],
         "detected": lambda row: _cell(row["detection_rate"], None),
         "false pos.": lambda row: _cell(row["false_positives"], None),
@@ -142,6 +143,9 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
     title = "Leaderboard: what survives every attack, %"
     console.print(table(title, heads, lines))
+    for _, row in board[board["flags"] != ""].iterrows():
+        where = f"{_defense(row)}, {row['norm']} {row['eps']:g}"
+        console.print(f"{FLAGGED.strip()} {where}: {row['flags']}", style="yellow", soft_wrap=True)
 
 
 def show_certificates(console: Console, certificates: pd.DataFrame) -> None:

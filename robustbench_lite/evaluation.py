@@ -18,7 +18,7 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
-from robustbench_lite.problem import Problem
+from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line
 
@@ -234,19 +234,24 @@ class Bench:
         x, y = x[rows].to(device), y[rows].to(device)
         with torch.no_grad():
             goal = self._goal(ask(self.known, x, self.batch), y, rows)
-        return attack.fit(
-            Problem(
-                self.known,
-                x,
-                goal,
-                self.threat,
-                Noise(self.seed, rows).at("fit"),
-                classes=self.classes,
-                access=attack.access,
-                minimises=True,
-                batch=self.batch,
-                sources=self.sources,
-            )
+        noise = Noise(self.seed, rows).at("fit")
+        return attack.fit(self.problem(x, goal, self.threat, noise, attack.access, minimises=True))
+
+    def problem(
+        self, x: Tensor, goal: Goal, threat: ThreatModel, noise: Noise, access: Access, minimises: bool
+    ) -> Problem:
+        """What an attack meets."""
+        return Problem(
+            self.known,
+            x,
+            goal,
+            threat,
+            noise,
+            classes=self.classes,
+            access=access,
+            minimises=minimises,
+            batch=self.batch,
+            sources=self.sources,
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
@@ -311,18 +316,7 @@ class Bench:
         """Lets the attack propose, and judges; columns of the attacked inputs, and the ``points`` that were judged."""
         minimises = getattr(attack, "minimises", False)
         threat = replace(self.threat, eps=float("inf")) if minimises else self.threat
-        problem = Problem(
-            self.known,
-            x,
-            goal,
-            threat,
-            Noise(self.seed, rows),
-            classes=self.classes,
-            access=attack.access,
-            minimises=minimises,
-            batch=self.batch,
-            sources=self.sources,
-        )
+        problem = self.problem(x, goal, threat, Noise(self.seed, rows), attack.access, minimises)
         candidates, failure = _propose(attack, problem, x)
         near = problem.distance.isfinite() & (problem.distance <= threat.reach(x))
         admissible = threat.allows(candidates, x)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from robustbench_lite.outcome import (
     WRONG,
     Certified,
     Outcome,
+    Probed,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ LEADERBOARD = (
     "false_positives",
     "threshold",
     "unknown",
+    "flags",
     "forwards",
     "backwards",
     "seconds",
@@ -120,6 +122,11 @@ class Setting:
         return *self.block, self.defense, self.model, self.parameters, self.subject
 
     @property
+    def line(self) -> tuple[Any, ...]:
+        """Which leaderboard row it belongs to, those of blind attacks set apart."""
+        return *self.row, self.adaptive
+
+    @property
     def place(self) -> tuple[Any, ...]:
         """Where a certificate holds for every attack, whatever the eps and the seed of each."""
         return self.dataset, self.norm, self.defense, self.model, self.parameters, self.subject
@@ -147,12 +154,33 @@ class Proof(Setting):
     kind = "certifier"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Probe(Setting):
+    """What a probe of the model showed."""
+
+    probed: Probed
+    classes: int
+
+
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion (Wilson, 1927)."""
     from scipy.stats import binomtest
 
     interval = binomtest(successes, trials).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mcnemar(
+    one: NDArray[np.bool_],
+    other: NDArray[np.bool_],
+    alternative: Literal["two-sided", "less", "greater"] = "two-sided",
+) -> float:
+    """The p-value of the same inputs being true equally often in ``one`` and ``other``, by the exact test of those on
+    which they differ (McNemar, 1947); ``greater``: against ``one`` being true more often."""
+    from scipy.stats import binomtest
+
+    alone, both = int((one & ~other).sum()), int((one != other).sum())
+    return float(binomtest(alone, both, 0.5, alternative).pvalue) if both else 1.0
 
 
 def robust(outcomes: Sequence[Outcome]) -> NDArray[np.bool_]:
@@ -182,12 +210,12 @@ def detection(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
-def _groups(entries: Iterable[Entry], proofs: Iterable[Proof]) -> list[list[Entry]]:
+def grouped(entries: Iterable[Entry], proofs: Iterable[Proof] = ()) -> list[list[Entry]]:
     """The entries of each leaderboard row, cut to the inputs that all of them have; a certifier that found
     counterexamples among these is one more attack."""
     groups: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((*entry.row, entry.adaptive), []).append(entry)
+        groups.setdefault(entry.line, []).append(entry)
     cut = []
     for group in groups.values():
         common = reduce(np.intersect1d, [entry.outcome.row for entry in group])
@@ -249,18 +277,20 @@ def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof
     }
 
 
-def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:
+def leaderboard(
+    entries: Iterable[Entry], proofs: Sequence[Proof] = (), flags: Mapping[tuple[Any, ...], str] = {}
+) -> pd.DataFrame:
     """A row a (data set, threat model, defense), best first; the columns are those of ``LEADERBOARD``.
 
     Accuracies are fractions of the examples; ``_low`` and ``_high`` are their 95 % Wilson interval;
     ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs. A row of
     attacks that are blind to the defense is not ``adaptive``, and has no rank. A counterexample of a certifier that was
-    asked about the same inputs breaks its input as an attack does.
+    asked about the same inputs breaks its input as an attack does. ``flags`` are those of a row, by its ``line``.
     """
     import pandas as pd
 
     table = []
-    for group in _groups(entries, proofs):
+    for group in grouped(entries, proofs):
         first, outcomes = group[0], [entry.outcome for entry in group]
         count, held = len(outcomes[0]), robust(outcomes)
         low, high = wilson(int(held.sum()), count)
@@ -286,6 +316,7 @@ def leaderboard(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Da
                 **(_NO_DETECTOR if first.threshold is None else detection(outcomes)),
                 "threshold": np.nan if first.threshold is None else first.threshold,
                 "unknown": int(unknown(outcomes).sum()),
+                "flags": flags.get(first.line, ""),
                 "forwards": float(np.sum([outcome.forwards for outcome in outcomes], axis=0).mean()),
                 "backwards": float(np.sum([outcome.backwards for outcome in outcomes], axis=0).mean()),
                 "seconds": round(float(sum(outcome.seconds.sum() for outcome in outcomes)), 3),
@@ -307,7 +338,7 @@ def matrix(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFra
     import pandas as pd
 
     table = []
-    for group in _groups(entries, proofs):
+    for group in grouped(entries, proofs):
         about = {name: getattr(group[0], name) for name in ("dataset", "norm", "eps", "defense", "adaptive")}
         table.append(about | {entry.attack: float(robust([entry.outcome]).mean()) for entry in group})
     return pd.DataFrame(table)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import __version__, data, leaderboard, registry
+from robustbench_lite import __version__, audit, data, leaderboard, probing, registry
 from robustbench_lite.certifying import Court, searches
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Rows
+from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Probed, Rows
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.store import Cell, Store
@@ -64,10 +64,11 @@ class Results:
 
     entries: tuple[leaderboard.Entry, ...]
     proofs: tuple[leaderboard.Proof, ...] = ()
+    probes: tuple[leaderboard.Probe, ...] = ()
 
     def leaderboard(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.leaderboard`."""
-        return leaderboard.leaderboard(self.entries, self.proofs)
+        return leaderboard.leaderboard(self.entries, self.proofs, audit.flags(self.findings))
 
     def matrix(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.matrix`."""
@@ -88,6 +89,22 @@ class Results:
     def violations(self) -> list[str]:
         """See :func:`robustbench_lite.leaderboard.violations`."""
         return leaderboard.violations(self.entries, self.proofs)
+
+    @cached_property
+    def findings(self) -> list[audit.Finding]:
+        """See :func:`robustbench_lite.audit.findings`."""
+        return audit.findings(self.entries, self.probes)
+
+    def audit(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.audit.table`."""
+        return audit.table(self.findings)
+
+    @property
+    def unprobed(self) -> list[str]:
+        """The defenses and threat models that were attacked, and not probed."""
+        lines = {probe.line for probe in self.probes}
+        bare = [entry for entry in self.entries if entry.line not in lines]
+        return list(dict.fromkeys(f"{entry.defense}, {entry.norm} {entry.eps:g}" for entry in bare))
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the leaderboard."""
@@ -165,6 +182,7 @@ def benchmark(
     keep_all: bool = False,
     certifiers: str | Sequence[str | Certifier] = (),
     radius: bool = False,
+    probe: bool = True,
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -175,7 +193,8 @@ def benchmark(
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
     ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
-    each input's largest certified radius up to eps.
+    each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
+    what it says of attacks on it: see :mod:`robustbench_lite.audit`.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
@@ -202,13 +221,15 @@ def benchmark(
     watcher.planned(len(wanted) * len(images))
     training = workshop.training if wanted.learns else None
     runner = Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
-    entries, proofs = [], []
+    entries, proofs, probes = [], [], []
     for chain, assaults in wanted.assaults.items():
         subject = workshop.subject(chain)
         with frozen(subject.model):
             entries += [runner.attack(subject, *assault) for assault in assaults]
             proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
-    return _in_order(entries, proofs)
+            ways = dict.fromkeys((assault.threat, assault.adaptive) for assault in assaults if probe)
+            probes += [runner.probe(subject, *way) for way in ways]
+    return _in_order(entries, proofs, probes)
 
 
 def prepare(
@@ -264,13 +285,14 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
         raise ValueError(f"there are no results in {out}")
     outcomes = [(cell, found) for cell, found in stored if isinstance(found, Outcome)]
     proofs = [_proof(cell, found) for cell, found in stored if isinstance(found, Certified)]
+    probes = [_probe(cell, found) for cell, found in stored if isinstance(found, Probed)]
     asked = {(*_place(cell), cell.identity["eps"]) for cell, _ in outcomes}
     entries = []
     for cell, outcome in outcomes:
         own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == _place(cell)} - {None}
         for eps in elsewhere | store.asked(cell) if own is None else [own]:
             entries.append(_entry(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
-    return _in_order(entries, proofs)
+    return _in_order(entries, proofs, probes)
 
 
 def find_device(name: str) -> torch.device:
@@ -366,6 +388,19 @@ class Runner:
             self.watcher.note(f"certifier {proof.certifier} does not cover {subject.defense}: {reason}")
         return proof
 
+    def probe(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> leaderboard.Probe:
+        """Of the first chunk."""
+        cell = self._probing(subject, threat, adaptive)
+        stop = min(CHUNK, len(self.images))
+        found = None if self.fresh else self.store.load(cell, 0, stop)
+        if not isinstance(found, Probed):
+            classes = self._check(subject.model, threat)
+            bench = Bench(subject.model, threat, classes, self.seed, batch=self.batch, adaptive=adaptive)
+            self._check(bench.known, threat)
+            found = probing.probe(bench, self.images.x[:stop], self.images.y[:stop], torch.arange(stop))
+            self.store.save(cell, found)
+        return _probe(cell, found)
+
     def stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
         """The chunks that are there, and the spans of rows that are not."""
         stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
@@ -411,34 +446,46 @@ class Runner:
         """An attack's cell; a certifier's where ``search`` says whether it searches for radii."""
         kind = "attack" if search is None else "certifier"
         identity = {
-            "data": self.images.fingerprint,
-            "model": subject.identity,
+            **self._identity(subject, threat, adaptive),
             kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
-            "norm": threat.norm.name,
             "eps": None if getattr(plugin, "minimises", False) else threat.eps,
-            "range": [threat.lower, threat.upper],
             **({"target": self.target} if search is None else {"search": search}),
-            "seed": self.seed,
-            "precision": "float32",
-            **({} if adaptive else {"adaptive": False}),
         }
         if search is None and learns(cast(Attack, plugin)):
             identity["training"] = cast(data.Images, self.training).fingerprint
         if search is None and crafted(cast(Attack, plugin)):
             identity["source"] = self.source(cast(Crafted, plugin).source, plugin.name).identity
-        about = {
+        return Cell(identity, {**self._about(subject, threat), kind: registry.spec(plugin)})
+
+    def _probing(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> Cell:
+        """A probe's cell."""
+        identity = {**self._identity(subject, threat, adaptive), "probe": probing.VERSION}
+        return Cell(identity, {**self._about(subject, threat), "classes": self.images.classes})
+
+    def _identity(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> dict[str, Any]:
+        return {
+            "data": self.images.fingerprint,
+            "model": subject.identity,
+            "norm": threat.norm.name,
+            "eps": threat.eps,
+            "range": [threat.lower, threat.upper],
+            "seed": self.seed,
+            "precision": "float32",
+            **({} if adaptive else {"adaptive": False}),
+        }
+
+    def _about(self, subject: Subject, threat: ThreatModel) -> dict[str, Any]:
+        return {
             "dataset": self.images.name,
             "defense": subject.defense,
             "model": subject.architecture,
             "parameters": subject.parameters,
             "threshold": subject.model.threshold,
-            kind: registry.spec(plugin),
             "eps": threat.eps,
             "version": __version__,
             "torch": torch.__version__,
             "shape": list(self.images.shape),
         }
-        return Cell(identity, about)
 
 
 def _entry(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
@@ -459,6 +506,12 @@ def _proof(cell: Cell, certified: Certified) -> leaderboard.Proof:
     return leaderboard.Proof(**setting, certifier=cell.about["certifier"], certified=certified)
 
 
+def _probe(cell: Cell, probed: Probed) -> leaderboard.Probe:
+    setting = _setting(cell, cell.identity["eps"])
+    adaptive = cell.identity.get("adaptive", True)
+    return leaderboard.Probe(**setting, adaptive=adaptive, probed=probed, classes=cell.about["classes"])
+
+
 def _setting(cell: Cell, eps: float) -> dict[str, Any]:
     return {
         **{name: cell.about[name] for name in ("dataset", "defense", "model", "parameters")},
@@ -474,7 +527,11 @@ def _place(cell: Cell) -> tuple[str, str, str, int]:
     return cell.identity["data"], model, cell.identity["norm"], cell.identity["seed"]
 
 
-def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard.Proof]) -> Results:
+def _in_order(
+    entries: Iterable[leaderboard.Entry],
+    proofs: Iterable[leaderboard.Proof],
+    probes: Iterable[leaderboard.Probe],
+) -> Results:
     """Results whose order does not depend on how they were asked for, or stored."""
 
     def key(one: leaderboard.Setting) -> tuple[Any, ...]:
@@ -482,7 +539,7 @@ def _in_order(entries: Iterable[leaderboard.Entry], proofs: Iterable[leaderboard
         about = one.defense, one.model, one.subject, not one.adaptive, one.plugin
         return dataset, list(NORMS).index(norm), *block, *about
 
-    return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)))
+    return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)), tuple(probes))
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -15,6 +15,7 @@ KEPT = 16  # adversarial images that every chunk keeps
 WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "skipped"
 REJECTED = -2  # the label of an input that a detector rejects
 VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
+FINITE, NAN, ZERO, SATURATED = "finite", "nan", "zero", "saturated"  # gradients
 
 
 class Rows:
@@ -145,6 +146,33 @@ class Certified(Rows):
     images: NDArray[np.float32]
 
     pictured = FALSIFIED
+
+
+@dataclass(frozen=True)
+class Probed(Rows):
+    """What a short look at the model showed of each input, see :mod:`robustbench_lite.probing`.
+
+    ``status`` is that under an attack to which the whole pixel range is allowed, ``noise`` that under random noise
+    within eps. ``gradient`` is ``finite``, ``nan``, ``zero``, or ``saturated`` where only the cross-entropy's is zero,
+    the margin's not. ``low`` and ``high`` are the extreme logits. In a second pass the label was ``again``, and a logit
+    had ``moved`` by at most this share of high - low. There are no images.
+    """
+
+    row: NDArray[np.int64]
+    label: NDArray[np.int64]
+    clean: NDArray[np.int64]
+    again: NDArray[np.int64]
+    moved: NDArray[np.float64]
+    status: NDArray[np.str_]
+    noise: NDArray[np.str_]
+    gradient: NDArray[np.str_]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+    seconds: NDArray[np.float64]
+    imaged: NDArray[np.int64]
+    images: NDArray[np.float32]
+
+    pictured = "none"
 
 
 COLUMNS = Outcome.columns()

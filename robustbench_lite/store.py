@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from robustbench_lite.outcome import Certified, Outcome
+from robustbench_lite.outcome import Certified, Outcome, Probed
 
-Chunk = Outcome | Certified
+Chunk = Outcome | Certified | Probed
 
 SCHEMA = 2
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
@@ -23,8 +23,8 @@ _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 @dataclass(frozen=True)
 class Cell:
-    """An attack against a defended model, or a certifier: ``identity`` is all that changes the answer for a row,
-    ``about`` the rest."""
+    """An attack against a defended model, a certifier, or a probe: ``identity`` is all that changes the answer for a
+    row, ``about`` the rest."""
 
     identity: dict[str, Any]
     about: dict[str, Any]
@@ -36,8 +36,10 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
-    def kind(self) -> type[Outcome] | type[Certified]:
+    def kind(self) -> type[Chunk]:
         """What its chunks hold."""
+        if "probe" in self.identity:
+            return Probed
         return Certified if "certifier" in self.identity else Outcome
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from robustbench_lite.outcome import (
     BROKEN,
     FALSIFIED,
+    FINITE,
     HELD,
     SKIPPED,
     UNKNOWN,
@@ -16,6 +17,7 @@ from robustbench_lite.outcome import (
     WRONG,
     Certified,
     Outcome,
+    Probed,
     Rows,
 )
 
@@ -69,6 +71,27 @@ def proved(letters: str, start: int = 0, **columns: Any) -> Certified:
     }
     given = {name: np.asarray(values) for name, values in columns.items()}
     return Certified(**(usual | given))
+
+
+def looked_at(count: int, **columns: Any) -> Probed:
+    """A probe that finds no fault."""
+    zeros = np.zeros(count, np.int64)
+    usual: dict[str, Any] = {
+        "row": np.arange(count),
+        "label": zeros,
+        "clean": zeros,
+        "again": zeros,
+        "moved": np.zeros(count),
+        "status": np.full(count, BROKEN),
+        "noise": np.full(count, HELD),
+        "gradient": np.full(count, FINITE),
+        "low": np.full(count, -5.0),
+        "high": np.full(count, 5.0),
+        "seconds": np.full(count, 0.5),
+        "imaged": zeros[:0],
+        "images": np.zeros((0, 1, 2, 2), np.float32),
+    }
+    return Probed(**(usual | {name: np.asarray(values) for name, values in columns.items()}))
 
 
 def assert_same(one: Rows, other: Rows, but: Sequence[str] = ()) -> None:

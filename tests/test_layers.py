@@ -16,7 +16,7 @@ PLUGINS = ("attacks", "defenses", "certify")
 LAYERS = [
     {"__init__", "__main__", "cli", "options", "running", "display", "listings"},
     {"matrix", "planning", "suites", "forecast", "leaderboard", "report", "audit"},
-    {"evaluation", "certifying", "trained", "store", "outcome"},
+    {"evaluation", "probing", "certifying", "trained", "store", "outcome"},
     {
         "plugins",
         "certificate",

@@ -1,5 +1,6 @@
 """Every figure of the tables, worked out by hand from rows that are made up."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from robustbench_lite.leaderboard import (
     CERTIFICATES,
     LEADERBOARD,
     Entry,
+    Probe,
     Proof,
+    Setting,
     certificates,
     leaderboard,
     matrix,
@@ -23,7 +26,7 @@ from robustbench_lite.leaderboard import (
 )
 from robustbench_lite.matrix import Results, write_csv
 from robustbench_lite.outcome import Certified, Outcome
-from tests.outcomes import made, proved
+from tests.outcomes import looked_at, made, proved
 
 GOLDEN = Path(__file__).parent / "golden"
 NUMBERS = {
@@ -235,7 +238,7 @@ def test_the_columns_are_those_that_are_promised():
     assert " ".join(LEADERBOARD) == (
         "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
         " certified_low certified_high robust_accuracy robust_low robust_high worst_attack attacks"
-        " certifiers detection_rate false_positives threshold unknown forwards backwards seconds seed version"
+        " certifiers detection_rate false_positives threshold unknown flags forwards backwards seconds seed version"
     )
 
 
@@ -327,6 +330,11 @@ PROOFS = (
     proof("wnnnnnnnnn", "milp"),
     proof("vvvvvvvvvv", "crown", defense="standard", seed=1),
 )
+PROBES = tuple(
+    Probe(**{field.name: getattr(one, field.name) for field in fields(Setting)}, probed=probed, classes=10)
+    for one, probed in ((ENTRIES[-1], looked_at(10, moved=np.ones(10), again=[1] * 10)), (ENTRIES[0], looked_at(10)))
+)
+RESULTS = Results(ENTRIES, PROOFS, PROBES)
 TABLES = ["leaderboard", "matrix", "rows", "certificates", "certified_rows"]
 
 
@@ -334,7 +342,7 @@ TABLES = ["leaderboard", "matrix", "rows", "certificates", "certified_rows"]
 def test_the_files_are_what_they_always_were(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """To renew one on purpose, copy what this writes to tests/golden and read the difference."""
     monkeypatch.setattr(module, "__version__", "1.2.3")
-    write_csv(getattr(Results(ENTRIES, PROOFS), name)(), tmp_path / "made.csv")
+    write_csv(getattr(RESULTS, name)(), tmp_path / "made.csv")
     assert (tmp_path / "made.csv").read_bytes() == (GOLDEN / f"{name}.csv").read_bytes()
 
 
@@ -355,7 +363,7 @@ def test_pandas_reads_numbers_as_numbers():
 @pytest.mark.parametrize("name", TABLES)
 def test_what_pandas_reads_is_what_was_written(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "__version__", "1.2.3")
-    written = getattr(Results(ENTRIES, PROOFS), name)()
+    written = getattr(RESULTS, name)()
     read = pd.read_csv(GOLDEN / f"{name}.csv", keep_default_na=not name.endswith("rows")).replace("", np.nan)
     for column in written.columns:
         expected = written[column].replace("", np.nan)
