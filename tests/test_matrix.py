@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from robustbench_lite import data, matrix, planning, registry
 from robustbench_lite.evaluation import evaluate
-from robustbench_lite.matrix import Results, Watcher, benchmark, load
+from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import make
+from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Workshop, save
 from tests.outcomes import assert_same
