@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,13 +15,17 @@ import torch
 from torch import nn
 
 from robustbench_lite import data, leaderboard
-from robustbench_lite.evaluation import ERROR, Target, frozen
+from robustbench_lite.claims import Claims
+from robustbench_lite.defended import computing
+from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import UNKNOWN, Certified, Outcome
+from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome
 from robustbench_lite.planning import plan
 from robustbench_lite.plugins import Attack, Certifier
+from robustbench_lite.pool import Pool
 from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, proof_of
-from robustbench_lite.store import Store
+from robustbench_lite.store import Chunk, Store
+from robustbench_lite.tasks import Executor, Here, Station, Task
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import AS_IS, Inputs, Workshop
 
@@ -138,6 +141,10 @@ def benchmark(
     keep_all: bool = False,
     certifiers: str | Sequence[str | Certifier] = (),
     radius: bool = False,
+    workers: int = 0,
+    threads: int = 1,
+    timeout: float | None = None,
+    isolate: bool = False,
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -150,6 +157,11 @@ def benchmark(
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps.
 
+    ``workers`` processes share the work, chunk by chunk; 0 computes it in this one. Each process computes with as many
+    ``threads``, whose number may change last bits, while that of workers changes nothing. A chunk may take ``timeout``
+    seconds, or else ends unknown and is tried again in the next run; ``isolate`` gives each cell a process of its own.
+    Either means at least one worker.
+
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
@@ -157,6 +169,10 @@ def benchmark(
     count = len(images) if n is None else n
     if not 1 <= count <= len(images):
         raise ValueError(f"n must be 1 to {len(images)} (the test images of {dataset}), not {count}")
+    if workers < 0 or threads < 1:
+        raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if timeout is not None and not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be above 0 seconds, not {timeout:g}")
     place = find_device(device)
     workshop = Workshop(
         dataset,
@@ -173,19 +189,26 @@ def benchmark(
     wanted = plan(workshop, images, attacks, defenses, certifiers, threats, adaptive, watcher.note)
     store = Store(Path(out), watcher.note)
     store.prepare()
-    source = cache(workshop.source)
-    wanted = wanted.with_sources(source, watcher.note)
-    watcher.planned(len(wanted) * count)
-    training = workshop.training if wanted.learns else None
-    images = images.take(slice(count))
-    runner = Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
-    entries, proofs = [], []
-    for chain, assaults in wanted.assaults.items():
-        subject = workshop.subject(chain)
-        with frozen(subject.model):
-            entries += [runner.attack(subject, *assault) for assault in assaults]
-            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
-    return _in_order(entries, proofs)
+    station = Station(workshop, images.take(slice(count)), seed, target, batch or BATCH, keep_all, radius, threads)
+    with computing(threads):
+        wanted = wanted.with_sources(station.source, watcher.note)
+        watcher.planned(len(wanted) * count)
+        processes = max(workers, int(isolate or timeout is not None))
+        with Claims() as claims, _executor(station, processes) as executor:
+            runner = Runner(station, store, claims, executor, watcher, max(1, processes), timeout, isolate, fresh)
+            found = runner.run(wanted)
+    entries = [one for one in found if isinstance(one, leaderboard.Entry)]
+    return _in_order(entries, [one for one in found if isinstance(one, leaderboard.Proof)])
+
+
+@contextmanager
+def _executor(station: Station, processes: int) -> Iterator[Executor]:
+    """Who computes: this process, or as many others."""
+    if not processes:
+        yield Here(station)
+        return
+    with Pool[Task, Chunk](station.packed(), processes) as pool:
+        yield pool
 
 
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:

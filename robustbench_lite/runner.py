@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from robustbench_lite import __version__, data, leaderboard, registry
-from robustbench_lite.certifying import Court, searches
-from robustbench_lite.defended import Defended
-from robustbench_lite.evaluation import Bench, Target, check, checked
-from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Rows
+from robustbench_lite import __version__, leaderboard, registry
+from robustbench_lite.certifying import searches
+from robustbench_lite.claims import Claims
+from robustbench_lite.evaluation import frozen
+from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome
+from robustbench_lite.planning import Plan
 from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
-from robustbench_lite.store import Cell, Store
+from robustbench_lite.pool import Lost
+from robustbench_lite.store import Cell, Chunk, Store
+from robustbench_lite.tasks import Executor, GivenUp, Span, Station, Task
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject
 from robustbench_lite.training import Progress
 
-Found = TypeVar("Found", bound=Rows)
-
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
+POLL = 0.5  # seconds after which it is looked again for what another run computes
 
 
 class Watcher:
@@ -45,102 +48,199 @@ class Watcher:
 SILENT = Watcher()
 
 
+@dataclass
+class Job:
+    """A cell of the run: what is asked, and what there is of it so far."""
+
+    number: int
+    chain: str
+    plugin: Attack | Certifier
+    threat: ThreatModel
+    adaptive: bool = True
+    proves: bool = False
+    cell: Cell | None = None  # once its model is made
+    learned: Tensor | None = None
+    done: list[Chunk] = field(default_factory=list)
+    missing: list[Span] = field(default_factory=list)
+    lost: dict[Span, int] = field(default_factory=dict)  # how often a chunk had no answer
+    given_up: dict[Span, str] = field(default_factory=dict)  # chunks for which it is not asked again, and why
+    found: leaderboard.Entry | leaderboard.Proof | None = None
+
+    def __str__(self) -> str:
+        defense = self.chain if self.cell is None else self.cell.about["defense"]
+        return f"{registry.spec(self.plugin)} on {defense}, {self.threat}"
+
+
 @dataclass(frozen=True)
 class Runner:
-    """Runs cells, chunk by chunk, on one set of images; an attack that learns does so once a cell."""
+    """Runs cells, chunk by chunk; an attack that learns does so once a cell.
 
-    images: data.Images
-    training: data.Images | None  # where an attack learns from it
-    source: Callable[[str, str], Subject]  # by its spec, and what asks for it
+    ``share`` is among how many a cell is shared out. A chunk may take ``seconds``; with ``isolate`` a process works for
+    one cell only.
+    """
+
+    station: Station
     store: Store
-    seed: int
-    target: Target | None
-    batch: int
-    fresh: bool
-    keep_all: bool
+    claims: Claims
+    executor: Executor
     watcher: Watcher
+    share: int = 1
+    seconds: float | None = None
+    isolate: bool = False
+    fresh: bool = False
 
-    def attack(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> leaderboard.Entry:
-        cell = self._cell(subject, attack, threat, adaptive=adaptive)
-        if getattr(attack, "minimises", False):
-            self.store.ask(cell, threat.eps)
-        learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
-        done, missing = self._stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
-        self._advance(subject, attack, threat, sum(map(len, done)))
-        if missing:
-            classes = self._check(subject.model, threat)
-            sources = checked(
-                lambda spec: self.source(spec, attack.name).model, classes, self.images.x, self.images.y, threat
-            )
-            bench = Bench(
-                subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, adaptive, sources
-            )
-            self._check(bench.known, threat)
-            if learns(attack):
-                learned = self._learned(cell, bench, attack) if learned is None else learned
-                attack = replace(cast(Any, attack), learned=learned)
-            for at in range(0, len(missing), bench.stride // CHUNK):
-                piece = missing[at : at + bench.stride // CHUNK]
-                rows = torch.cat([torch.arange(*span) for span in piece])
-                outcome = Outcome.join(bench.run(attack, self.images.x[rows], self.images.y[rows], rows))
-                for span in piece:
-                    done.append(outcome.part(*span))
-                    self.store.save(cell, done[-1])
-                self._advance(subject, attack, threat, len(rows))
-        entry = entry_of(cell, threat, Outcome.join(done))
-        return entry if learned is None else replace(entry, learned=learned.float().numpy())
+    def run(self, plan: Plan) -> list[leaderboard.Entry | leaderboard.Proof]:
+        """What is found in every cell. Chunks that another run has claimed are waited for."""
+        jobs = self._jobs(plan)
+        while left := [job for job in jobs if job.found is None]:
+            count = 0
+            for task, found in self.executor.run(self._tasks(left)):
+                self._take(jobs[task.cell], task, found)
+                count += 1
+            if not count and any(job.found is None for job in jobs):
+                time.sleep(POLL)
+        return [job.found for job in jobs if job.found is not None]
 
-    def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel, radius: bool) -> leaderboard.Proof:
-        """A chunk at a time, since that is what an error of the certifier may cost."""
-        cell = self._cell(subject, certifier, threat, searches(certifier, radius))
-        done, missing = self._stored(Certified, cell, self.fresh)
-        self._advance(subject, certifier, threat, sum(map(len, done)))
-        if missing:
-            self._check(subject.model, threat)
-            court = Court(subject.model, certifier, threat, self.seed, radius)
-            for span in missing:
-                rows = torch.arange(*span)
-                done.append(court.hear(self.images.x[rows], self.images.y[rows], rows))
-                self.store.save(cell, done[-1])
-                self._advance(subject, certifier, threat, len(rows))
-        proof = proof_of(cell, Certified.join(done))
-        for reason in dict.fromkeys(proof.certified.reason[proof.certified.status == UNSUPPORTED].tolist()):
-            self.watcher.note(f"certifier {proof.certifier} does not cover {subject.defense}: {reason}")
-        return proof
+    @staticmethod
+    def _jobs(plan: Plan) -> list[Job]:
+        jobs: list[Job] = []
+        for chain, assaults in plan.assaults.items():
+            for attack, threat, adaptive in assaults:
+                jobs.append(Job(len(jobs), chain, attack, threat, adaptive))
+            for certifier, threat in plan.proving:
+                jobs.append(Job(len(jobs), chain, certifier, threat, proves=True))
+        return jobs
 
-    def _stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
-        """The chunks that are there, and the spans of rows that are not."""
-        stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
-        done: list[Found] = []
-        missing: list[tuple[int, int]] = []
-        for stop in stops:
-            span = (stop - 1) // CHUNK * CHUNK, stop
-            stored = None if anew else self.store.load(cell, *span, self.keep_all)
-            if isinstance(stored, kind):
-                done.append(stored)
+    def _tasks(self, jobs: Sequence[Job]) -> Iterator[Task]:
+        """What is to be computed: several chunks at once, but alone what had no answer before."""
+        for job in jobs:
+            if job.cell is None:
+                self._open(job)
+            piece: list[Span] = []
+            for span in [*job.missing]:
+                if span in job.lost:
+                    why = job.given_up.get(span)
+                    yield self._task(job, [span], None if why is None else GivenUp(why))
+                elif self._mine(job, span):
+                    piece.append(span)
+                    if len(piece) == self._stride(job):
+                        yield self._task(job, piece)
+                        piece = []
+            if piece:
+                yield self._task(job, piece)
+
+    def _stride(self, job: Job) -> int:
+        """How many chunks are computed at once; certificates one by one, since that is what an error may cost."""
+        return 1 if job.proves else max(1, min(self.station.batch // CHUNK, len(job.missing) // self.share))
+
+    def _task(self, job: Job, spans: list[Span], instead: GivenUp | None = None) -> Task:
+        assert job.cell is not None
+        return Task(
+            job.number,
+            job.chain,
+            job.cell.identity["model"],
+            cast(Attack, instead) or job.plugin,
+            job.threat,
+            job.adaptive,
+            job.proves,
+            spans,
+            seconds=None if self.seconds is None else self.seconds * len(spans),
+            group=job.number if self.isolate else 0,
+        )
+
+    def _open(self, job: Job) -> None:
+        """Finds out what there is of a cell; what it needs to learn is learned now."""
+        subject, plugin = self.station.subject(job.chain), job.plugin
+        search = searches(cast(Certifier, plugin), self.station.radius) if job.proves else None
+        cell = job.cell = self._cell(subject, plugin, job.threat, search, job.adaptive)
+        if getattr(plugin, "minimises", False):
+            self.store.ask(cell, job.threat.eps)
+        learner = not job.proves and learns(cast(Attack, plugin))
+        if learner and not self.fresh:
+            job.learned = self.store.learned(cell)
+        for start in range(0, len(self.station.images), CHUNK):
+            span = start, min(start + CHUNK, len(self.station.images))
+            stored = None if self.fresh or (learner and job.learned is None) else self._stored(cell, span)
+            if stored is None:
+                job.missing.append(span)
             else:
-                missing.append(span)
-        return done, missing
+                job.done.append(stored)
+        if learner and job.missing:
+            if job.learned is None:
+                job.learned = self._learned(job, subject)
+            job.plugin = replace(cast(Any, plugin), learned=job.learned)
+        self._advance(job, sum(map(len, job.done)))
 
-    def _check(self, model: Defended, threat: ThreatModel) -> int:
-        """How many classes the model knows, which are no more than a data set of ours has."""
-        classes = check(model, self.images.x, self.images.y, threat)
-        if classes > self.images.classes and self.images.name in data.SOURCES:
-            raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
-        return classes
+    def _stored(self, cell: Cell, span: Span) -> Chunk | None:
+        """A chunk that is there; one that had no answer is asked for again."""
+        stored = self.store.load(cell, *span, self.station.keep_all)
+        return stored if isinstance(stored, cell.kind) and not stored.unfinished else None
 
-    def _learned(self, cell: Cell, bench: Bench, attack: Learner) -> Tensor:
+    def _learned(self, job: Job, subject: Subject) -> Tensor:
         """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
-        training = cast(data.Images, self.training)
-        self.watcher.note(f"attack {registry.spec(attack)} learns from training images under {bench.threat}")
-        learned = cast(Tensor, bench.fit(attack, training.x, training.y).learned)
+        cell, training = cast(Cell, job.cell), self.station.workshop.training
+        bench = self.station.bench(job.number, subject, job.plugin, job.threat, job.adaptive)
+        self.watcher.note(f"attack {registry.spec(job.plugin)} learns from training images under {job.threat}")
+        with frozen(subject.model):
+            learned = cast(Tensor, bench.fit(cast(Learner, job.plugin), training.x, training.y).learned)
         kept = None if self.fresh else self.store.learned(cell)
         if kept is None:
             self.store.learn(cell, learned)
         return learned.cpu() if kept is None else kept
 
-    def _advance(self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, inputs: int) -> None:
-        self.watcher.advanced(subject.defense, registry.spec(plugin), threat, inputs)
+    def _mine(self, job: Job, span: Span) -> bool:
+        """Whether a chunk is this run's to compute: no other run does, or has done since."""
+        cell = cast(Cell, job.cell)
+        if self.fresh:
+            return True
+        if not self.claims.take(self.store.path(cell, *span)):
+            return False
+        stored = self._stored(cell, span)
+        if stored is not None:
+            self._done(job, span, stored)
+            self._advance(job, len(stored))
+        return stored is None
+
+    def _take(self, job: Job, task: Task, found: Chunk | Lost) -> None:
+        """Stores what was computed, chunk by chunk."""
+        if isinstance(found, Lost):
+            self._lose(job, task, found)
+            return
+        for span in task.spans:
+            chunk = found.part(*span)
+            self.store.save(cast(Cell, job.cell), chunk)
+            self._done(job, span, chunk)
+        self._advance(job, len(found))
+
+    def _lose(self, job: Job, task: Task, lost: Lost) -> None:
+        """Chunks computed together are tried again one by one; one whose process died is tried a second time."""
+        if isinstance(task.plugin, GivenUp):
+            raise ValueError(f"{job}: without an attack, too, there is {lost.why}")
+        for span in task.spans:
+            job.lost[span] = job.lost.get(span, 0) + 1
+            if len(task.spans) == 1 and (lost.stopped or job.lost[span] > 1):
+                job.given_up[span] = lost.why
+        end = "left unknown" if task.spans[0] in job.given_up else "tried again"
+        self.watcher.note(f"{job}, inputs {task.spans[0][0]} to {task.spans[-1][1] - 1}: {lost.why}; {end}")
+
+    def _done(self, job: Job, span: Span, chunk: Chunk) -> None:
+        job.done.append(chunk)
+        job.missing.remove(span)
+        self.claims.give_back(self.store.path(cast(Cell, job.cell), *span))
+
+    def _advance(self, job: Job, inputs: int) -> None:
+        """Says how far a cell is, and what was found where that is all."""
+        cell = cast(Cell, job.cell)
+        self.watcher.advanced(cell.about["defense"], registry.spec(job.plugin), job.threat, inputs)
+        if job.missing:
+            return
+        if not job.proves:
+            entry = entry_of(cell, job.threat, Outcome.join(cast(Any, job.done)))
+            job.found = entry if job.learned is None else replace(entry, learned=job.learned.float().numpy())
+            return
+        job.found = proof = proof_of(cell, Certified.join(cast(Any, job.done)))
+        for reason in dict.fromkeys(proof.certified.reason[proof.certified.status == UNSUPPORTED].tolist()):
+            self.watcher.note(f"certifier {proof.certifier} does not cover {proof.defense}: {reason}")
 
     def _cell(
         self,
@@ -153,23 +253,23 @@ class Runner:
         """An attack's cell; a certifier's where ``search`` says whether it searches for radii."""
         kind = "attack" if search is None else "certifier"
         identity = {
-            "data": self.images.fingerprint,
+            "data": self.station.images.fingerprint,
             "model": subject.identity,
             kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
             "norm": threat.norm.name,
             "eps": None if getattr(plugin, "minimises", False) else threat.eps,
             "range": [threat.lower, threat.upper],
-            **({"target": self.target} if search is None else {"search": search}),
-            "seed": self.seed,
+            **({"target": self.station.target} if search is None else {"search": search}),
+            "seed": self.station.seed,
             "precision": "float32",
             **({} if adaptive else {"adaptive": False}),
         }
         if search is None and learns(cast(Attack, plugin)):
-            identity["training"] = cast(data.Images, self.training).fingerprint
+            identity["training"] = self.station.workshop.training.fingerprint
         if search is None and crafted(cast(Attack, plugin)):
-            identity["source"] = self.source(cast(Crafted, plugin).source, plugin.name).identity
+            identity["source"] = self.station.source(cast(Crafted, plugin).source, plugin.name).identity
         about = {
-            "dataset": self.images.name,
+            "dataset": self.station.images.name,
             "defense": subject.defense,
             "model": subject.architecture,
             "parameters": subject.parameters,
@@ -178,7 +278,7 @@ class Runner:
             "eps": threat.eps,
             "version": __version__,
             "torch": torch.__version__,
-            "shape": list(self.images.shape),
+            "shape": list(self.station.images.shape),
         }
         return Cell(identity, about)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, models, registry, zoo
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Defended, computing
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
 from robustbench_lite.training import Lab, Progress
@@ -72,6 +72,7 @@ class Workshop:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     note: Callable[[str], None] = _silent
     progress: Callable[[str, Progress], None] = _silent
+    threads: int = field(default_factory=torch.get_num_threads)  # that train
     asking: tuple[str, ...] = ()  # where this makes a source: what asked for it, and what asked for that
 
     @property
@@ -137,6 +138,10 @@ class Workshop:
             raise ValueError(f"source {source} of {asker}: {error}") from error
         return made, chain
 
+    def abroad(self) -> "Workshop":
+        """The same for another process, which has nobody to tell."""
+        return replace(self, note=_silent, progress=_silent)
+
     def name(self, chain: str) -> str:
         """A chain and its architecture in full: equal for two that are trained here only if the models are."""
         return f"{self.spec(self.links(chain))}@{self.architecture}"
@@ -151,7 +156,8 @@ class Workshop:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         name, lab = self._called(recipe), self._lab(recipe, seed)
         lab = replace(lab, checkpoint=checkpoint, report=lambda at: self.progress(name, at))
-        defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
+        with computing(self.threads):
+            defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
         checkpoint.unlink(missing_ok=True)
         return defended
 

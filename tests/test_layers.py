@@ -15,7 +15,7 @@ PLUGINS = ("attacks", "defenses", "certify")
 # top to bottom: a module of the core imports only from its own line or the lines below it
 LAYERS = [
     {"__init__", "__main__", "cli", "options", "display", "listings"},
-    {"matrix", "runner", "planning", "leaderboard", "report", "audit"},
+    {"matrix", "runner", "tasks", "pool", "claims", "planning", "leaderboard", "report", "audit"},
     {"evaluation", "certifying", "trained", "store", "outcome"},
     {
         "plugins",
