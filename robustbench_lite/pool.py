@@ -199,7 +199,11 @@ def _serve(parent: "connection.Connection[Any, Any]", number: int) -> None:
 
     def parcel() -> Any:
         parent.send((READY, None))
-        return pickle.loads(parent.recv_bytes())
+        content = parent.recv_bytes()
+        try:
+            return pickle.loads(content)
+        except Exception as error:  # whatever an import raises
+            raise ValueError(f"a worker process cannot load what it was handed: {one_line(error)}") from error
 
     try:
         work = parcel()(number)
@@ -209,8 +213,8 @@ def _serve(parent: "connection.Connection[Any, Any]", number: int) -> None:
             parent.send((ANSWER, compute()))
     except (EOFError, BrokenPipeError):
         return
-    except (ValueError, AttributeError, ImportError) as error:
-        parent.send((ERROR, ValueError(one_line(error, named=not isinstance(error, ValueError)))))
+    except ValueError as error:
+        parent.send((ERROR, ValueError(one_line(error, named=False))))
     except Exception:
         parent.send((ERROR, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
 

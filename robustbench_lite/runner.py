@@ -26,7 +26,7 @@ from robustbench_lite.trained import Subject
 from robustbench_lite.training import Progress
 
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
-POLL = 0.5  # seconds after which it is looked again for what another run computes
+POLL = 1.0  # seconds after which it is looked again for what another run computes
 
 
 class Watcher:
@@ -92,12 +92,16 @@ class Runner:
     def run(self, plan: Plan) -> list[leaderboard.Entry | leaderboard.Proof]:
         """What is found in every cell. Chunks that another run has claimed are waited for."""
         jobs = self._jobs(plan)
+        told = False
         while left := [job for job in jobs if job.found is None]:
-            count = 0
+            idle = True
             for task, found in self.executor.run(self._tasks(left)):
                 self._take(jobs[task.cell], task, found)
-                count += 1
-            if not count and any(job.found is None for job in jobs):
+                idle = False
+            if idle and (others := sum(len(job.missing) for job in jobs)):
+                if not told:
+                    self.watcher.note(f"waiting for {others} chunks that another run is computing")
+                told = True
                 time.sleep(POLL)
         return [job.found for job in jobs if job.found is not None]
 
@@ -138,7 +142,7 @@ class Runner:
         return Task(
             job.number,
             job.chain,
-            job.cell.identity["model"],
+            job.cell.identity["model"]["weights"],
             cast(Attack, instead) or job.plugin,
             job.threat,
             job.adaptive,

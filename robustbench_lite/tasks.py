@@ -34,7 +34,7 @@ class Task:
 
     cell: int
     chain: str
-    model: Mapping[str, Any]  # the identity of what the chain is to be
+    weights: str  # their hash, which the model is to have
     plugin: Attack | Certifier
     threat: ThreatModel
     adaptive: bool
@@ -71,7 +71,7 @@ class Station:
             ValueError: where the model does not fit, or is not the one that the task is about.
         """
         subject = self.subject(task.chain)
-        if subject.identity != task.model:
+        if subject.identity["weights"] != task.weights:
             raise ValueError(f"model {subject.architecture} comes out otherwise each time that it is made")
         bench = self.bench(task.cell, subject, task.plugin, task.threat, task.adaptive)
         rows = torch.cat([torch.arange(*span) for span in task.spans])

@@ -73,6 +73,7 @@ class Workshop:
     note: Callable[[str], None] = _silent
     progress: Callable[[str, Progress], None] = _silent
     threads: int = field(default_factory=torch.get_num_threads)  # that train
+    fingerprint: str | None = None  # of the training split, where it is known without reading it
     asking: tuple[str, ...] = ()  # where this makes a source: what asked for it, and what asked for that
 
     @property
@@ -139,8 +140,9 @@ class Workshop:
         return made, chain
 
     def abroad(self) -> "Workshop":
-        """The same for another process, which has nobody to tell."""
-        return replace(self, note=_silent, progress=_silent)
+        """The same for another process, which has nobody to tell, and need not read training data to find weights."""
+        known = self.training.fingerprint if "training" in vars(self) else None
+        return replace(self, note=_silent, progress=_silent, fingerprint=known)
 
     def name(self, chain: str) -> str:
         """A chain and its architecture in full: equal for two that are trained here only if the models are."""
@@ -248,7 +250,7 @@ class Workshop:
     def _cached(self, recipe: Defense, seed: int, suffix: str) -> Path:
         """Where the cache keeps what a training leaves."""
         made_of = {
-            "data": self.training.fingerprint,
+            "data": self.fingerprint or self.training.fingerprint,
             "model": self.architecture,
             "recipe": self._made_of(recipe),
             "seed": seed,
