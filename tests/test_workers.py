@@ -138,8 +138,8 @@ class Handed:
 
 
 def test_the_number_of_workers_changes_nothing(here: Path, weights: Path):
-    """With an attack that learns, one that is crafted on another model, one that minimises, an object, a certifier, and a
-    wrapper and an attack from a plugin file."""
+    """With an attack that learns, one that is crafted on another model, one that minimises, an object, a certifier, a
+    wrapper and an attack from a file."""
     attacks = (
         "pgd:steps=4",
         "careful",
