@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from robustbench_lite.problem import Access, Problem
-from robustbench_lite.registry import family, make
+from robustbench_lite.registry import family, make, spec
 from robustbench_lite.wording import one_line
 
 LABELS = {"additive_noise", "blended_noise", "blur", "boundary_attack", "contrast", "contrast_min", "hop_skip_jump"}
@@ -75,6 +75,9 @@ class Foolbox:
         if self.cannot:
             raise ValueError(f"cannot run: {self.cannot}")
         self._built(min(self.norms))
+
+    def __reduce__(self) -> Any:
+        return make, ("attack", spec(self))  # its class is made, and cannot be imported
 
     def __call__(self, problem: Problem) -> Tensor:
         return self._propose(problem.unclosed())

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from robustbench_lite import registry
 from robustbench_lite.certificate import Certificate
 from robustbench_lite.defended import Defended, ask, device_of
-from robustbench_lite.evaluation import ERROR, REASON, check, frozen, predict, predicted, require_norm
+from robustbench_lite.evaluation import REASON, check, frozen, predict, predicted, require_norm
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import CHUNK, FALSIFIED, UNKNOWN, UNSUPPORTED, VERIFIED, WRONG, Certified
+from robustbench_lite.outcome import CHUNK, ERROR, FALSIFIED, UNKNOWN, UNSUPPORTED, VERIFIED, WRONG, Certified
 from robustbench_lite.plugins import Certifier
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.wording import one_line

@@ -67,6 +67,10 @@ def run(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
+    workers: options.Workers = 0,
+    threads: options.Threads = 1,
+    timeout: options.Timeout = None,
+    isolate: options.Isolate = False,
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
@@ -146,6 +150,10 @@ def run(
         device=device,
         batch=size,
         data_dir=data_dir,
+        workers=workers,
+        threads=threads,
+        timeout=timeout,
+        isolate=isolate,
         out=out,
         fresh=fresh,
         probe=audit,
@@ -188,6 +196,10 @@ def certify(
     probabilities: options.Probabilities = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    workers: options.Workers = 0,
+    threads: options.Threads = 1,
+    timeout: options.Timeout = None,
+    isolate: options.Isolate = False,
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
@@ -226,6 +238,10 @@ def certify(
         weights=weights,
         device=device,
         data_dir=data_dir,
+        workers=workers,
+        threads=threads,
+        timeout=timeout,
+        isolate=isolate,
         out=out,
         fresh=fresh,
     )
@@ -258,6 +274,10 @@ def run_suite(
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
     device: options.Device = "auto",
+    workers: options.Workers = 0,
+    threads: options.Threads = 1,
+    timeout: options.Timeout = None,
+    isolate: options.Isolate = False,
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
@@ -286,14 +306,15 @@ def run_suite(
     running.possible(described, blocks.values())
     if not quiet:
         errors.print(f"robust-bench {__version__}: {protocol}, {protocol.dataset}", soft_wrap=True)
-    kept: dict[str, Any] = {"seed": protocol.seed, "out": out, "fresh": fresh}
+    kept: dict[str, Any] = {"seed": protocol.seed, "out": out, "fresh": fresh, "threads": threads}
     if dry_run:
         running.foretell(errors, quiet, described, blocks, **kept)
         return
+    how: dict[str, Any] = {"workers": workers, "timeout": timeout, "isolate": isolate}
     found = {}
     for name, asked in blocks.items():
         running.stdout().print(f"{protocol}, block {name}", style="bold", soft_wrap=True)
-        found[name] = running.run(errors, quiet, verbose, described, **asked, **kept)
+        found[name] = running.run(errors, quiet, verbose, described, **asked, **kept, **how)
         running.show(found[name], as_json=False)
     running.write({csv: lambda: suites.leaderboard(protocol, found)})
     running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)

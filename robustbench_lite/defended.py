@@ -1,8 +1,8 @@
 """A model behind its defense, and how it is asked: the same answer whatever the batch."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,17 @@ def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) ->
         with kernels:
             answers.append(model.answer(padded, differentiable)[: len(piece)])
     return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """Computes with so many threads of the CPU: other numbers add up in another order, and give other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustbench_lite.leaderboard import wilson
-from robustbench_lite.matrix import Watcher
+from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.training import Progress as Training
 

@@ -16,14 +16,13 @@ from robustbench_lite import registry
 from robustbench_lite.defended import Defended, Sources, ask, device_of, no_sources, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import BROKEN, CHUNK, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import BROKEN, CHUNK, ERROR, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line
 
 REASON = 200  # characters that a reason keeps
-ERROR = "error: "
 Target = int | Literal["next", "random", "least-likely"]
 
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,13 +12,15 @@ from torch import Tensor, nn
 from robustbench_lite import registry
 from robustbench_lite.certifying import Court
 from robustbench_lite.data import Images
-from robustbench_lite.defended import Defended, ask, device_of
+from robustbench_lite.defended import Defended, ask, computing, device_of
 from robustbench_lite.evaluation import check, frozen
-from robustbench_lite.matrix import BATCH, SILENT, Runner, Watcher, prepare
+from robustbench_lite.matrix import prepare
 from robustbench_lite.outcome import CHUNK, Certified, Outcome, Rows
 from robustbench_lite.planning import Assault
 from robustbench_lite.plugins import Certifier, learns
-from robustbench_lite.store import Store
+from robustbench_lite.runner import BATCH, SILENT, Watcher, cell_of, spans
+from robustbench_lite.store import Cell, Store
+from robustbench_lite.tasks import Span, Station
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject, Untrained
 
@@ -44,7 +45,7 @@ class Ahead:
 
 
 def forecast(
-    *, seed: int, out: str | Path, fresh: bool = False, watcher: Watcher = SILENT, **asked: Any
+    *, seed: int, out: str | Path, fresh: bool = False, threads: int = 1, watcher: Watcher = SILENT, **asked: Any
 ) -> Iterator[Ahead]:
     """The cells of what :func:`robustbench_lite.matrix.prepare` is asked; trains nothing and writes nothing.
 
@@ -57,25 +58,25 @@ def forecast(
     """
     images, workshop, wanted = prepare(**asked, watcher=watcher)
     workshop = replace(workshop, trains=False)
-    training = workshop.training if wanted.learns else None
-    store, source = Store(Path(out), watcher.note), cache(workshop.source)
-    scout = _Scout(Runner(images, training, source, store, seed, None, BATCH, fresh, False, watcher), _linear(images))
-    for chain, assaults in wanted.assaults.items():
-        cells = [*((one.attack, one.threat) for one in assaults), *wanted.proving]
-        if not cells:
-            continue
-        try:
-            subject = workshop.subject(chain)
-        except Untrained as error:
-            for plugin, threat in cells:
-                spec = registry.spec(plugin)
-                yield Ahead(chain, spec, threat, len(images), len(images), why=str(error))
-            continue
-        with frozen(subject.model):
-            check(subject.model, images.x, images.y, cells[0][1])
-            pace = Pace.of(subject.model, images.x)
-            yield from (scout.attack(subject, pace, assault) for assault in assaults)
-            yield from (scout.certify(subject, *pair) for pair in wanted.proving)
+    station = Station(workshop, images, seed, None, BATCH, keep_all=False, radius=False, threads=threads)
+    scout = _Scout(station, Store(Path(out), watcher.note), fresh, watcher, _linear(images))
+    with computing(threads):
+        for chain, assaults in wanted.assaults.items():
+            cells = [*((one.attack, one.threat) for one in assaults), *wanted.proving]
+            if not cells:
+                continue
+            try:
+                subject = workshop.subject(chain)
+            except Untrained as error:
+                for plugin, threat in cells:
+                    spec = registry.spec(plugin)
+                    yield Ahead(chain, spec, threat, len(images), len(images), why=str(error))
+                continue
+            with frozen(subject.model):
+                check(subject.model, images.x, images.y, cells[0][1])
+                pace = Pace.of(subject.model, images.x)
+                yield from (scout.attack(subject, pace, assault) for assault in assaults)
+                yield from (scout.certify(subject, *pair) for pair in wanted.proving)
 
 
 @dataclass(frozen=True)
@@ -120,46 +121,59 @@ def _linear(images: Images) -> Defended:
 class _Scout:
     """Looks at cells one by one, and remembers what it tried."""
 
-    runner: Runner
+    station: Station
+    store: Store
+    fresh: bool
+    watcher: Watcher
     linear: Defended
     tried: dict[tuple[str, ThreatModel], Rows] = field(default_factory=dict)
 
     def attack(self, subject: Subject, pace: Pace, assault: Assault) -> Ahead:
         attack, threat, adaptive = assault
         try:
-            cell = self.runner.cell(subject, attack, threat, adaptive=adaptive)
+            cell = cell_of(self.station, subject, attack, threat, adaptive=adaptive)
         except Untrained as error:  # its source
             return replace(self._cell(subject, attack, threat, None), why=str(error))
         learner = learns(attack)
-        anew = self.runner.fresh or (learner and self.runner.store.learned(cell) is None)
-        done, missing = self.runner.stored(Outcome, cell, anew)
+        anew = self.fresh or (learner and self.store.learned(cell) is None)
+        done, missing = self._stored(Outcome, cell, anew)
         about = self._cell(subject, attack, threat, missing)
         if learner and missing:
             return replace(about, why="it learns first")
 
         def sample() -> Outcome:
             small = replace(threat, eps=1.0 if threat.norm.name == "l0" else SMALL * threat.eps)
-            bench = self.runner.bench(subject, attack, threat, adaptive)
-            bench = replace(bench, model=self.linear, threat=small, classes=self.runner.images.classes, adaptive=True)
+            bench = self.station.bench(subject, attack, threat, adaptive)
+            bench = replace(bench, model=self.linear, threat=small, classes=self.station.images.classes, adaptive=True)
             x, _, rows = self._first()
             return bench.run(attack, x, self.linear(x).argmax(1), rows)[0]
 
         return replace(about, seconds=about.missing * pace(self._like(about, done, sample)))
 
     def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel) -> Ahead:
-        cell = self.runner.cell(subject, certifier, threat, search=False)
-        done, missing = self.runner.stored(Certified, cell, self.runner.fresh)
+        cell = cell_of(self.station, subject, certifier, threat, search=False)
+        done, missing = self._stored(Certified, cell, self.fresh)
         about = self._cell(subject, certifier, threat, missing)
 
         def sample() -> Certified:
-            return Court(subject.model, certifier, threat, self.runner.seed).hear(*self._first())
+            return Court(subject.model, certifier, threat, self.station.seed).hear(*self._first())
 
         return replace(about, seconds=about.missing * float(self._like(about, done, sample).seconds.mean()))
 
-    def _cell(
-        self, subject: Subject, plugin: object, threat: ThreatModel, missing: list[tuple[int, int]] | None
-    ) -> Ahead:
-        inputs = len(self.runner.images)
+    def _stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[Span]]:
+        """The chunks that are there, and the rows of those that are not."""
+        done: list[Found] = []
+        missing: list[Span] = []
+        for span in spans(self.station):
+            stored = None if anew else self.store.load(cell, *span)
+            if isinstance(stored, kind) and not stored.unfinished:
+                done.append(stored)
+            else:
+                missing.append(span)
+        return done, missing
+
+    def _cell(self, subject: Subject, plugin: object, threat: ThreatModel, missing: list[Span] | None) -> Ahead:
+        inputs = len(self.station.images)
         left = inputs if missing is None else sum(stop - start for start, stop in missing)
         return Ahead(subject.defense, registry.spec(plugin), threat, inputs, left)
 
@@ -170,10 +184,10 @@ class _Scout:
             self.tried.setdefault(key, type(done[0]).join(done))
             return type(done[0]).join(done)
         if key not in self.tried:
-            self.runner.watcher.note(f"trying {about.plugin} under {about.threat} on a few inputs")
+            self.watcher.note(f"trying {about.plugin} under {about.threat} on a few inputs")
             self.tried[key] = sample()
         return cast(Found, self.tried[key])
 
     def _first(self) -> tuple[Tensor, Tensor, Tensor]:
-        x, y = self.runner.images.x[:SAMPLE], self.runner.images.y[:SAMPLE]
+        x, y = self.station.images.x[:SAMPLE], self.station.images.y[:SAMPLE]
         return x, y, torch.arange(len(x))

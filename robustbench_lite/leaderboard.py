@@ -162,6 +162,9 @@ class Probe(Setting):
     classes: int
 
 
+Found = Entry | Proof | Probe
+
+
 def wilson(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion (Wilson, 1927)."""
     from scipy.stats import binomtest

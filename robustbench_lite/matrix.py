@@ -2,60 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from robustbench_lite import __version__, audit, data, leaderboard, probing, registry
-from robustbench_lite.certifying import Court, searches
-from robustbench_lite.defended import Defended
-from robustbench_lite.evaluation import ERROR, Bench, Target, check, checked, frozen
+from robustbench_lite import audit, data, leaderboard
+from robustbench_lite.claims import Claims
+from robustbench_lite.defended import computing
+from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import CHUNK, UNKNOWN, UNSUPPORTED, Certified, Outcome, Probed, Rows
+from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
-from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
-from robustbench_lite.store import Cell, Store
+from robustbench_lite.plugins import Attack, Certifier
+from robustbench_lite.pool import Pool
+from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
+from robustbench_lite.store import Chunk, Store
+from robustbench_lite.tasks import Executor, Here, Station, Task
 from robustbench_lite.threat import ThreatModel
-from robustbench_lite.trained import AS_IS, Inputs, Subject, Workshop
-from robustbench_lite.training import Progress
+from robustbench_lite.trained import AS_IS, Inputs, Workshop
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
-
-Found = TypeVar("Found", bound=Rows)
-Tested = TypeVar("Tested", Attack, Certifier)
-
-BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
-
-
-class Watcher:
-    """Is told how a run goes; this one keeps silent."""
-
-    def note(self, text: str) -> None:
-        """Something that the person should know."""
-
-    def training(self, defense: str, progress: Progress) -> None:
-        """A recipe has made a step."""
-
-    def planned(self, inputs: int) -> None:
-        """How many inputs, over all cells, are still to be attacked, certified or read."""
-
-    def advanced(self, defense: str, plugin: str, threat: ThreatModel, inputs: int) -> None:
-        """That many more inputs are done."""
-
-
-SILENT = Watcher()
 
 
 @dataclass(frozen=True)
@@ -183,6 +160,10 @@ def benchmark(
     certifiers: str | Sequence[str | Certifier] = (),
     radius: bool = False,
     probe: bool = True,
+    workers: int = 0,
+    threads: int = 1,
+    timeout: float | None = None,
+    isolate: bool = False,
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -196,9 +177,18 @@ def benchmark(
     each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
     what it says of attacks on it: see :mod:`robustbench_lite.audit`.
 
+    ``workers`` processes share the work, chunk by chunk; 0 computes it in this one. Each process computes with as many
+    ``threads``, whose number may change last bits, while that of workers changes nothing. A chunk may take ``timeout``
+    seconds, or else ends unknown and is tried again in the next run; ``isolate`` gives each cell a process of its own.
+    Either means at least one worker.
+
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
+    if workers < 0 or threads < 1:
+        raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if timeout is not None and not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout must be above 0 seconds, not {timeout:g}")
     images, workshop, wanted = prepare(
         attacks,
         defenses,
@@ -216,20 +206,15 @@ def benchmark(
     )
     store = Store(Path(out), watcher.note)
     store.prepare()
-    source = cache(workshop.source)
-    wanted = wanted.with_sources(source, watcher.note)
-    watcher.planned(len(wanted) * len(images))
-    training = workshop.training if wanted.learns else None
-    runner = Runner(images, training, source, store, seed, target, batch or BATCH, fresh, keep_all, watcher)
-    entries, proofs, probes = [], [], []
-    for chain, assaults in wanted.assaults.items():
-        subject = workshop.subject(chain)
-        with frozen(subject.model):
-            entries += [runner.attack(subject, *assault) for assault in assaults]
-            proofs += [runner.certify(subject, certifier, threat, radius) for certifier, threat in wanted.proving]
-            ways = dict.fromkeys((assault.threat, assault.adaptive) for assault in assaults if probe)
-            probes += [runner.probe(subject, *way) for way in ways]
-    return _in_order(entries, proofs, probes)
+    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads)
+    processes = max(workers, int(isolate or timeout is not None))
+    with computing(threads), Claims() as claims, _executor(station, processes) as executor:
+        wanted = wanted.with_sources(station.source, watcher.note)
+        watcher.planned(len(wanted) * len(images))
+        runner = Runner(
+            station, store, claims, executor, watcher, max(1, processes), timeout, isolate, fresh, probing=probe
+        )
+        return _in_order(runner.run(wanted))
 
 
 def prepare(
@@ -273,6 +258,16 @@ def prepare(
     return images.take(slice(count)), workshop, wanted
 
 
+@contextmanager
+def _executor(station: Station, processes: int) -> Iterator[Executor]:
+    """Who computes: this process, or as many others."""
+    if not processes:
+        yield Here(station)
+        return
+    with Pool[Task, Chunk](station.packed(), processes) as pool:
+        yield pool
+
+
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:
     """The results of every run below a folder.
 
@@ -284,15 +279,15 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
     if not stored:
         raise ValueError(f"there are no results in {out}")
     outcomes = [(cell, found) for cell, found in stored if isinstance(found, Outcome)]
-    proofs = [_proof(cell, found) for cell, found in stored if isinstance(found, Certified)]
-    probes = [_probe(cell, found) for cell, found in stored if isinstance(found, Probed)]
-    asked = {(*_place(cell), cell.identity["eps"]) for cell, _ in outcomes}
+    proofs = [proof_of(cell, found) for cell, found in stored if isinstance(found, Certified)]
+    probes = [probe_of(cell, found) for cell, found in stored if isinstance(found, Probed)]
+    asked = {(*place_of(cell), cell.identity["eps"]) for cell, _ in outcomes}
     entries = []
     for cell, outcome in outcomes:
-        own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == _place(cell)} - {None}
+        own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == place_of(cell)} - {None}
         for eps in elsewhere | store.asked(cell) if own is None else [own]:
-            entries.append(_entry(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
-    return _in_order(entries, proofs, probes)
+            entries.append(entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
+    return _in_order([*entries, *proofs, *probes])
 
 
 def find_device(name: str) -> torch.device:
@@ -322,224 +317,21 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(part, index=False, lineterminator="\n")
 
 
-@dataclass(frozen=True)
-class Runner:
-    """Runs cells, chunk by chunk, on one set of images; an attack that learns does so once a cell."""
-
-    images: data.Images
-    training: data.Images | None  # where an attack learns from it
-    source: Callable[[str, str], Subject]  # by its spec, and what asks for it
-    store: Store
-    seed: int
-    target: Target | None
-    batch: int
-    fresh: bool
-    keep_all: bool
-    watcher: Watcher
-
-    def attack(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> leaderboard.Entry:
-        cell = self.cell(subject, attack, threat, adaptive=adaptive)
-        if getattr(attack, "minimises", False):
-            self.store.ask(cell, threat.eps)
-        learned = self.store.learned(cell) if learns(attack) and not self.fresh else None
-        done, missing = self.stored(Outcome, cell, anew=self.fresh or (learns(attack) and learned is None))
-        self._advance(subject, attack, threat, sum(map(len, done)))
-        if missing:
-            bench = self.bench(subject, attack, threat, adaptive)
-            if learns(attack):
-                learned = self._learned(cell, bench, attack) if learned is None else learned
-                attack = replace(cast(Any, attack), learned=learned)
-            for at in range(0, len(missing), bench.stride // CHUNK):
-                piece = missing[at : at + bench.stride // CHUNK]
-                rows = torch.cat([torch.arange(*span) for span in piece])
-                outcome = Outcome.join(bench.run(attack, self.images.x[rows], self.images.y[rows], rows))
-                for span in piece:
-                    done.append(outcome.part(*span))
-                    self.store.save(cell, done[-1])
-                self._advance(subject, attack, threat, len(rows))
-        entry = _entry(cell, threat, Outcome.join(done))
-        return entry if learned is None else replace(entry, learned=learned.float().numpy())
-
-    def bench(self, subject: Subject, attack: Attack, threat: ThreatModel, adaptive: bool) -> Bench:
-        """Where the attack is run."""
-        classes, x, y = self._check(subject.model, threat), self.images.x, self.images.y
-        sources = checked(lambda spec: self.source(spec, attack.name).model, classes, x, y, threat)
-        bench = Bench(
-            subject.model, threat, classes, self.seed, self.target, self.batch, self.keep_all, adaptive, sources
-        )
-        self._check(bench.known, threat)
-        return bench
-
-    def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel, radius: bool) -> leaderboard.Proof:
-        """A chunk at a time, since that is what an error of the certifier may cost."""
-        cell = self.cell(subject, certifier, threat, searches(certifier, radius))
-        done, missing = self.stored(Certified, cell, self.fresh)
-        self._advance(subject, certifier, threat, sum(map(len, done)))
-        if missing:
-            self._check(subject.model, threat)
-            court = Court(subject.model, certifier, threat, self.seed, radius)
-            for span in missing:
-                rows = torch.arange(*span)
-                done.append(court.hear(self.images.x[rows], self.images.y[rows], rows))
-                self.store.save(cell, done[-1])
-                self._advance(subject, certifier, threat, len(rows))
-        proof = _proof(cell, Certified.join(done))
-        for reason in dict.fromkeys(proof.certified.reason[proof.certified.status == UNSUPPORTED].tolist()):
-            self.watcher.note(f"certifier {proof.certifier} does not cover {subject.defense}: {reason}")
-        return proof
-
-    def probe(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> leaderboard.Probe:
-        """Of the first chunk."""
-        cell = self._probing(subject, threat, adaptive)
-        stop = min(CHUNK, len(self.images))
-        found = None if self.fresh else self.store.load(cell, 0, stop)
-        if not isinstance(found, Probed):
-            classes = self._check(subject.model, threat)
-            bench = Bench(subject.model, threat, classes, self.seed, batch=self.batch, adaptive=adaptive)
-            self._check(bench.known, threat)
-            found = probing.probe(bench, self.images.x[:stop], self.images.y[:stop], torch.arange(stop))
-            self.store.save(cell, found)
-        return _probe(cell, found)
-
-    def stored(self, kind: type[Found], cell: Cell, anew: bool) -> tuple[list[Found], list[tuple[int, int]]]:
-        """The chunks that are there, and the spans of rows that are not."""
-        stops = [*range(CHUNK, len(self.images), CHUNK), len(self.images)]
-        done: list[Found] = []
-        missing: list[tuple[int, int]] = []
-        for stop in stops:
-            span = (stop - 1) // CHUNK * CHUNK, stop
-            stored = None if anew else self.store.load(cell, *span, self.keep_all)
-            if isinstance(stored, kind):
-                done.append(stored)
-            else:
-                missing.append(span)
-        return done, missing
-
-    def _check(self, model: Defended, threat: ThreatModel) -> int:
-        """How many classes the model knows, which are no more than a data set of ours has."""
-        classes = check(model, self.images.x, self.images.y, threat)
-        if classes > self.images.classes and self.images.name in data.SOURCES:
-            raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
-        return classes
-
-    def _learned(self, cell: Cell, bench: Bench, attack: Learner) -> Tensor:
-        """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
-        training = cast(data.Images, self.training)
-        self.watcher.note(f"attack {registry.spec(attack)} learns from training images under {bench.threat}")
-        learned = cast(Tensor, bench.fit(attack, training.x, training.y).learned)
-        kept = None if self.fresh else self.store.learned(cell)
-        if kept is None:
-            self.store.learn(cell, learned)
-        return learned.cpu() if kept is None else kept
-
-    def _advance(self, subject: Subject, plugin: Attack | Certifier, threat: ThreatModel, inputs: int) -> None:
-        self.watcher.advanced(subject.defense, registry.spec(plugin), threat, inputs)
-
-    def cell(
-        self,
-        subject: Subject,
-        plugin: Attack | Certifier,
-        threat: ThreatModel,
-        search: bool | None = None,
-        adaptive: bool = True,
-    ) -> Cell:
-        """An attack's cell; a certifier's where ``search`` says whether it searches for radii."""
-        kind = "attack" if search is None else "certifier"
-        identity = {
-            **self._identity(subject, threat, adaptive),
-            kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
-            "eps": None if getattr(plugin, "minimises", False) else threat.eps,
-            **({"target": self.target} if search is None else {"search": search}),
-        }
-        if search is None and learns(cast(Attack, plugin)):
-            identity["training"] = cast(data.Images, self.training).fingerprint
-        if search is None and crafted(cast(Attack, plugin)):
-            identity["source"] = self.source(cast(Crafted, plugin).source, plugin.name).identity
-        return Cell(identity, {**self._about(subject, threat), kind: registry.spec(plugin)})
-
-    def _probing(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> Cell:
-        """A probe's cell."""
-        identity = {**self._identity(subject, threat, adaptive), "probe": probing.VERSION}
-        return Cell(identity, {**self._about(subject, threat), "classes": self.images.classes})
-
-    def _identity(self, subject: Subject, threat: ThreatModel, adaptive: bool) -> dict[str, Any]:
-        return {
-            "data": self.images.fingerprint,
-            "model": subject.identity,
-            "norm": threat.norm.name,
-            "eps": threat.eps,
-            "range": [threat.lower, threat.upper],
-            "seed": self.seed,
-            "precision": "float32",
-            **({} if adaptive else {"adaptive": False}),
-        }
-
-    def _about(self, subject: Subject, threat: ThreatModel) -> dict[str, Any]:
-        return {
-            "dataset": self.images.name,
-            "defense": subject.defense,
-            "model": subject.architecture,
-            "parameters": subject.parameters,
-            "threshold": subject.model.threshold,
-            "eps": threat.eps,
-            "version": __version__,
-            "torch": torch.__version__,
-            "shape": list(self.images.shape),
-        }
-
-
-def _entry(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
-    about = cell.about
-    limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
-    target = cell.identity["target"]
-    return leaderboard.Entry(
-        **_setting(cell, threat.eps),
-        attack=about["attack"] if target is None else f"{about['attack']} to {target}",
-        adaptive=cell.identity.get("adaptive", True),
-        threshold=about.get("threshold"),
-        outcome=outcome if cell.identity["eps"] is not None else outcome.within(limit),
-    )
-
-
-def _proof(cell: Cell, certified: Certified) -> leaderboard.Proof:
-    setting = _setting(cell, cell.identity["eps"])
-    return leaderboard.Proof(**setting, certifier=cell.about["certifier"], certified=certified)
-
-
-def _probe(cell: Cell, probed: Probed) -> leaderboard.Probe:
-    setting = _setting(cell, cell.identity["eps"])
-    adaptive = cell.identity.get("adaptive", True)
-    return leaderboard.Probe(**setting, adaptive=adaptive, probed=probed, classes=cell.about["classes"])
-
-
-def _setting(cell: Cell, eps: float) -> dict[str, Any]:
-    return {
-        **{name: cell.about[name] for name in ("dataset", "defense", "model", "parameters")},
-        **{name: cell.identity[name] for name in ("norm", "seed")},
-        "eps": eps,
-        "subject": " ".join(_place(cell)[:2]),
-    }
-
-
-def _place(cell: Cell) -> tuple[str, str, str, int]:
-    """Data, model, norm and seed of a cell: where an eps that was asked about one attack counts for all."""
-    model = json.dumps(cell.identity["model"], sort_keys=True)
-    return cell.identity["data"], model, cell.identity["norm"], cell.identity["seed"]
-
-
-def _in_order(
-    entries: Iterable[leaderboard.Entry],
-    proofs: Iterable[leaderboard.Proof],
-    probes: Iterable[leaderboard.Probe],
-) -> Results:
+def _in_order(found: Sequence[leaderboard.Found]) -> Results:
     """Results whose order does not depend on how they were asked for, or stored."""
 
     def key(one: leaderboard.Setting) -> tuple[Any, ...]:
         dataset, norm, *block = one.block
-        about = one.defense, one.model, one.subject, not one.adaptive, one.plugin
-        return dataset, list(NORMS).index(norm), *block, *about
+        return dataset, list(NORMS).index(norm), *block, one.defense, one.model, one.subject, not one.adaptive
 
-    return Results(tuple(sorted(entries, key=key)), tuple(sorted(proofs, key=key)), tuple(probes))
+    entries = [one for one in found if isinstance(one, leaderboard.Entry)]
+    proofs = [one for one in found if isinstance(one, leaderboard.Proof)]
+    probes = [one for one in found if isinstance(one, leaderboard.Probe)]
+    return Results(
+        tuple(sorted(entries, key=lambda one: (*key(one), one.attack))),
+        tuple(sorted(proofs, key=lambda one: (*key(one), one.certifier))),
+        tuple(sorted(probes, key=key)),
+    )
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -67,6 +67,19 @@ Seed = Annotated[
     int, typer.Option("--seed", help="Of all randomness in the attacks and certifiers.", rich_help_panel=HOW)
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)]
+Workers = Annotated[
+    int, typer.Option("--workers", help="Processes that share the work; 0: none but this one.", rich_help_panel=HOW)
+]
+Threads = Annotated[
+    int, typer.Option("--threads", help="CPU threads of each process; may change last bits.", rich_help_panel=HOW)
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(
+        "--timeout", help="Seconds for 100 inputs, or they end unknown until the next run.", rich_help_panel=HOW
+    ),
+]
+Isolate = Annotated[bool, typer.Option("--isolate", help="Run each cell in a process of its own.", rich_help_panel=HOW)]
 DataDir = Annotated[
     Path | None,
     typer.Option(

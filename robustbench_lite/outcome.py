@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 CHUNK = 100  # consecutive rows that are attacked, stored and resumed as one
 KEPT = 16  # adversarial images that every chunk keeps
 WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "skipped"
+ERROR = "error: "  # begins the reason of what failed
 REJECTED = -2  # the label of an input that a detector rejects
 VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
 FINITE, NAN, ZERO, SATURATED = "finite", "nan", "zero", "saturated"  # gradients
+
+
+class Unfinished(Exception):
+    """In place of an attack or a certifier that did not come to its end, and may another time."""
 
 
 class Rows:
@@ -24,6 +29,7 @@ class Rows:
 
     row: NDArray[np.int64]
     status: NDArray[np.str_]
+    reason: NDArray[np.str_]
     imaged: NDArray[np.int64]
     images: NDArray[np.float32]
     pictured: ClassVar[str]
@@ -40,6 +46,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is an input for which there was no answer, see :class:`Unfinished`."""
+        return bool(np.char.startswith(self.reason, f"{ERROR}{Unfinished.__name__}: ").any())
 
     @property
     def complete(self) -> bool:

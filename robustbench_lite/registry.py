@@ -167,6 +167,11 @@ def origin(cls: type) -> str:
     return f"file:{_sha256(Path(source).read_bytes())}" if source else f"module:{module}"
 
 
+def files() -> dict[Path, str]:
+    """The files that were loaded, and the SHA-256 of each."""
+    return {Path(str(sys.modules[module].__file__)): sha256 for module, sha256 in _files.items()}
+
+
 def load_file(path: Path) -> str:
     """Runs a Python file whose decorators register plugins, and returns its SHA-256; nothing else can import it."""
     if path.suffix != ".py":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,14 @@ class Store:
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        self.folder, self.warn = folder, warn
+        self.folder, self._warn = folder, warn
+        self._warned: set[str] = set()
+
+    def warn(self, text: str) -> None:
+        """Says something once."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._warn(text)
 
     def prepare(self) -> None:
         """Makes the folder and sees that it can be written."""
@@ -63,9 +71,13 @@ class Store:
         except OSError as error:
             raise ValueError(f"cannot write to the results folder {self.folder}: {error.strerror}") from error
 
+    def path(self, cell: Cell, start: int, stop: int) -> Path:
+        """Where a chunk is, or will be."""
+        return self.folder / "cells" / cell.key / f"{start:08d}-{stop:08d}.npz"
+
     def load(self, cell: Cell, start: int, stop: int, keep_all: bool = False) -> Chunk | None:
         """What became of rows [start, stop), if a sound chunk is there (and, where wanted, holds all images)."""
-        path = self._path(cell, start, stop)
+        path = self.path(cell, start, stop)
         if not path.exists():
             return None
         try:
@@ -80,12 +92,12 @@ class Store:
 
     def save(self, cell: Cell, chunk: Chunk) -> None:
         """Writes a chunk under its final name in one step."""
-        path = self._path(cell, int(chunk.row[0]), int(chunk.row[-1]) + 1)
+        path = self.path(cell, int(chunk.row[0]), int(chunk.row[-1]) + 1)
         with _writing(path):
             about = path.parent / "cell.json"
             if not about.exists():
                 _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part = _part(path)
             with part.open("wb") as file:
                 np.savez_compressed(file, schema=SCHEMA, **{name: getattr(chunk, name) for name in chunk.arrays()})
             os.replace(part, path)
@@ -147,9 +159,6 @@ class Store:
     def _learned(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.key / "learned.safetensors"
 
-    def _path(self, cell: Cell, start: int, stop: int) -> Path:
-        return self.folder / "cells" / cell.key / f"{start:08d}-{stop:08d}.npz"
-
 
 def _hash(values: Tensor) -> str:
     about = f"{tuple(values.shape)} {values.dtype}".encode()
@@ -174,8 +183,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise ValueError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
 
 
+def _part(path: Path) -> Path:
+    """What a file is called until it is whole; by which process, and of which machine."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+
+
 def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = _part(path)
     part.write_bytes(content)
     os.replace(part, path)
 

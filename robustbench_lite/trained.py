@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite import __version__, data, models, registry, zoo
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Defended, computing
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
 from robustbench_lite.training import Lab, Progress
@@ -77,6 +77,8 @@ class Workshop:
     note: Callable[[str], None] = _silent
     progress: Callable[[str, Progress], None] = _silent
     trains: bool = True  # or what does not ship and is not in the cache cannot be had
+    threads: int = field(default_factory=torch.get_num_threads)  # that train
+    fingerprint: str | None = None  # of the training split, where it is known without reading it
     asking: tuple[str, ...] = ()  # where this makes a source: what asked for it, and what asked for that
 
     @property
@@ -142,6 +144,11 @@ class Workshop:
             raise ValueError(f"source {source} of {asker}: {error}") from error
         return made, chain
 
+    def abroad(self) -> "Workshop":
+        """The same for another process, which has nobody to tell, and need not read training data to find weights."""
+        known = self.training.fingerprint if "training" in vars(self) else None
+        return replace(self, note=_silent, progress=_silent, fingerprint=known)
+
     def name(self, chain: str) -> str:
         """A chain and its architecture in full: equal for two that are trained here only if the models are."""
         return f"{self.spec(self.links(chain))}@{self.architecture}"
@@ -156,7 +163,8 @@ class Workshop:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         name, lab = self._called(recipe), self._lab(recipe, seed)
         lab = replace(lab, checkpoint=checkpoint, report=lambda at: self.progress(name, at))
-        defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
+        with computing(self.threads):
+            defended = recipe(models.build(self.architecture, self.shape, self.classes, seed), lab)
         checkpoint.unlink(missing_ok=True)
         return defended
 
@@ -249,7 +257,7 @@ class Workshop:
     def _cached(self, recipe: Defense, seed: int, suffix: str) -> Path:
         """Where the cache keeps what a training leaves."""
         made_of = {
-            "data": self.training.fingerprint,
+            "data": self.fingerprint or self.training.fingerprint,
             "model": self.architecture,
             "recipe": self._made_of(recipe),
             "seed": seed,

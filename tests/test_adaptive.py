@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.leaderboard import leaderboard, violations
-from robustbench_lite.matrix import Watcher, benchmark, load
+from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.outcome import BROKEN, HELD, REJECTED, Outcome
+from robustbench_lite.runner import Watcher
 from tests.nets import Guarded, Linear, Scripted, guarded
 from tests.outcomes import made
 from tests.test_leaderboard import entry, proof

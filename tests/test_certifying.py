@@ -12,9 +12,10 @@ from torch import Tensor
 
 from robustbench_lite.certificate import Certificate
 from robustbench_lite.certifying import certify_inputs
-from robustbench_lite.matrix import Results, Watcher, benchmark, load
+from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.norms import NORMS as NORM
 from robustbench_lite.outcome import REJECTED, Certified
+from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from tests.nets import DUAL, Linear, guarded, halfspace, many_classes, nearest
 

@@ -1,5 +1,6 @@
 """Foolbox's attacks as plugins, against Foolbox itself."""
 
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -166,6 +167,11 @@ def test_any_shape_two_classes_float64_and_a_target(text, shape):
 def test_what_cannot_run_says_why(name):
     assert error(name) == f"attack {name}: cannot run: {MEMBERS[name].cannot}"
     assert find("attack", name).__doc__.startswith("Cannot run: ")
+
+
+def test_is_handed_to_another_process_as_its_spec():
+    attack = make("attack", "foolbox/linf-pgd:steps=7")
+    assert pickle.loads(pickle.dumps(attack)) == attack
 
 
 def test_settings_are_foolbox_s_arguments():

@@ -15,7 +15,19 @@ PLUGINS = ("attacks", "defenses", "certify")
 # top to bottom: a module of the core imports only from its own line or the lines below it
 LAYERS = [
     {"__init__", "__main__", "cli", "options", "running", "display", "listings"},
-    {"matrix", "planning", "suites", "forecast", "leaderboard", "report", "audit"},
+    {
+        "matrix",
+        "runner",
+        "tasks",
+        "pool",
+        "claims",
+        "planning",
+        "suites",
+        "forecast",
+        "leaderboard",
+        "report",
+        "audit",
+    },
     {"evaluation", "probing", "certifying", "trained", "store", "outcome"},
     {
         "plugins",

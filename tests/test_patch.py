@@ -17,12 +17,13 @@ from robustbench_lite import cli, data, registry
 from robustbench_lite.attacks.patch import Patch
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate, fit_attack, frozen
-from robustbench_lite.matrix import Results, Watcher, benchmark
+from robustbench_lite.matrix import Results, benchmark
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import patch as norm
 from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, SKIPPED, UNKNOWN, Outcome
 from robustbench_lite.problem import Problem
 from robustbench_lite.registry import make
+from robustbench_lite.runner import Watcher
 from robustbench_lite.store import Store
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.trained import Workshop, save

@@ -13,9 +13,10 @@ from torch import nn
 from robustbench_lite import data, registry
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
-from robustbench_lite.matrix import Results, Watcher, benchmark, load
+from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.outcome import BROKEN, HELD, UNKNOWN
 from robustbench_lite.registry import defense, identity, make, spec
+from robustbench_lite.runner import Watcher
 from robustbench_lite.trained import Workshop, load_defense, weights_hash
 from robustbench_lite.training import Lab, Progress
 from tests.nets import Linear, Scripted, halfspace

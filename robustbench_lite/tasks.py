@@ -1,0 +1,168 @@
+"""Chunks of a cell as tasks, and the station that computes them: in this process, or in others."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from robustbench_lite import data, registry
+from robustbench_lite.certifying import Court
+from robustbench_lite.defended import Defended
+from robustbench_lite.evaluation import Bench, Target, check, checked, frozen
+from robustbench_lite.norms import NORMS
+from robustbench_lite.outcome import Outcome, Unfinished
+from robustbench_lite.plugins import Attack, Certifier, Plugin
+from robustbench_lite.pool import Lost, packed
+from robustbench_lite.problem import Access
+from robustbench_lite.store import Chunk
+from robustbench_lite.threat import ThreatModel
+from robustbench_lite.trained import Subject, Workshop
+
+Span = tuple[int, int]  # of rows: from, and up to
+
+
+@dataclass(frozen=True)
+class Task:
+    """Chunks of the cell of that number, computed at once: by an attack, or by a certifier that ``proves``."""
+
+    cell: int
+    chain: str
+    weights: str  # their hash, which the model is to have
+    plugin: Attack | Certifier
+    threat: ThreatModel
+    adaptive: bool
+    proves: bool
+    spans: Sequence[Span]
+    seconds: float | None = None
+    group: int = 0
+
+
+class Executor(Protocol):
+    """Who computes tasks; in whatever order, and as many at once as it likes."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]: ...
+
+
+@dataclass(frozen=True)
+class Station:
+    """All that tasks are computed with. It keeps the models that it made: of defenses the last, of sources all."""
+
+    workshop: Workshop
+    images: data.Images
+    seed: int
+    target: Target | None
+    batch: int
+    keep_all: bool
+    radius: bool
+    threads: int
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __call__(self, task: Task) -> Callable[[], Chunk]:
+        """Sets a task up; what is returned computes it.
+
+        Raises:
+            ValueError: where the model does not fit, or is not the one that the task is about.
+        """
+        subject = self.subject(task.chain)
+        if subject.identity["weights"] != task.weights:
+            raise ValueError(f"model {subject.architecture} comes out otherwise each time that it is made")
+        if task.cell not in self.kept.get("bench", ()):
+            made = self.bench(subject, task.plugin, task.threat, task.adaptive)
+            self.kept["bench"] = {task.cell: made}
+        bench = cast(Bench, self.kept["bench"][task.cell])
+        rows = torch.cat([torch.arange(*span) for span in task.spans])
+        batch = self.images.x[rows], self.images.y[rows], rows
+
+        def compute() -> Chunk:
+            with frozen(subject.model):
+                if task.proves:
+                    certifier = cast(Certifier, task.plugin)
+                    return Court(subject.model, certifier, task.threat, self.seed, self.radius).hear(*batch)
+                return Outcome.join(bench.run(cast(Attack, task.plugin), *batch))
+
+        return compute
+
+    def subject(self, chain: str) -> Subject:
+        if chain not in self.kept.get("subject", ()):
+            self.kept["subject"] = {chain: self.workshop.subject(chain)}
+        return cast(Subject, self.kept["subject"][chain])
+
+    def source(self, spec: str, asker: str) -> Subject:
+        """See :meth:`Workshop.source`."""
+        if (spec, asker) not in self.kept:
+            self.kept[spec, asker] = self.workshop.source(spec, asker)
+        return cast(Subject, self.kept[spec, asker])
+
+    def bench(self, subject: Subject, plugin: Plugin, threat: ThreatModel, adaptive: bool) -> Bench:
+        """Where a cell's attack is run, once it has been seen that the model fits."""
+        x, y = self.images.x, self.images.y
+        with frozen(subject.model):
+            classes = self._check(subject.model, threat)
+            sources = checked(lambda spec: self.source(spec, plugin.name).model, classes, x, y, threat)
+            settings = self.seed, self.target, self.batch, self.keep_all, adaptive
+            bench = Bench(subject.model, threat, classes, *settings, sources)
+            if not adaptive:
+                self._check(bench.known, threat)
+        return bench
+
+    def packed(self) -> Callable[[int], Station]:
+        """What makes this station again in a process of that number.
+
+        Raises:
+            ValueError: where something of it cannot be handed over.
+        """
+        images = replace(self.images, x=self.images.x.clone(), y=self.images.y.clone())  # a view carries the whole
+        return partial(
+            _unpacked, registry.files(), packed(replace(self, workshop=self.workshop.abroad(), images=images))
+        )
+
+    def _check(self, model: Defended, threat: ThreatModel) -> int:
+        """How many classes the model knows, which are no more than a data set of ours has."""
+        classes = check(model, self.images.x, self.images.y, threat)
+        if classes > self.images.classes and self.images.name in data.SOURCES:
+            raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
+        return classes
+
+
+def _unpacked(files: Mapping[Path, str], station: bytes, number: int) -> Station:
+    for file, sha256 in files.items():
+        if registry.load_file(file) != sha256:
+            raise ValueError(f"plugin file {file} was changed after the run began")
+    made = cast(Station, pickle.loads(station))
+    torch.set_num_threads(made.threads)
+    device = made.workshop.device
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", number % torch.cuda.device_count())
+    return replace(made, workshop=replace(made.workshop, device=device))
+
+
+@dataclass(frozen=True)
+class Here:
+    """Computes one task after the other in this process."""
+
+    station: Station
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]:
+        for task in tasks:
+            yield task, self.station(task)()
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """Stands in for an attack or a certifier that gave no answer: its inputs end unknown, with the reason."""
+
+    why: str
+
+    name: ClassVar[str] = "given-up"
+    access: ClassVar[Access] = "labels"
+    norms: ClassVar[frozenset[str]] = frozenset(NORMS)
+
+    def __call__(self, *_: object) -> Tensor:
+        raise Unfinished(self.why)
