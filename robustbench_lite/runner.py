@@ -89,7 +89,6 @@ class Runner:
     isolate: bool = False
     fresh: bool = False
     probing: bool = True
-    probes: dict[Any, leaderboard.Probe] = field(default_factory=dict, init=False)
 
     def run(self, plan: Plan) -> list[leaderboard.Found]:
         """What is found in every cell, and of every model. Chunks that another run has claimed are waited for."""
@@ -105,7 +104,8 @@ class Runner:
                     self.watcher.note(f"waiting for {others} chunks that another run is computing")
                 told = True
                 time.sleep(POLL)
-        return [*(job.found for job in jobs if job.found is not None), *self.probes.values()]
+        attacked = {(job.chain, job.threat, job.adaptive): job for job in jobs if self.probing and not job.proves}
+        return [*(job.found for job in jobs if job.found is not None), *map(self._probe, attacked.values())]
 
     @staticmethod
     def _jobs(plan: Plan) -> list[Job]:
@@ -174,13 +174,11 @@ class Runner:
             if job.learned is None:
                 job.learned = self._learned(job, subject)
             job.plugin = replace(cast(Any, plugin), learned=job.learned)
-        way = job.chain, job.threat, job.adaptive
-        if self.probing and not job.proves and way not in self.probes:
-            self.probes[way] = self._probe(subject, job)
         self._advance(job, sum(map(len, job.done)))
 
-    def _probe(self, subject: Subject, job: Job) -> leaderboard.Probe:
+    def _probe(self, job: Job) -> leaderboard.Probe:
         """What the first chunk shows of the model."""
+        subject = self.station.subject(job.chain)
         cell, (start, stop) = probed_of(self.station, subject, job.threat, job.adaptive), spans(self.station)[0]
         found = None if self.fresh else self.store.load(cell, start, stop)
         if not isinstance(found, Probed):

@@ -244,7 +244,15 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(weights: Path, out: Path, *threats: str, **settings: Any) -> Results:
-    asked = {"dataset": "digits", "model": "mlp", "weights": weights, "n": 250, "device": "cpu", "batch": 100}
+    asked = {
+        "dataset": "digits",
+        "model": "mlp",
+        "weights": weights,
+        "n": 250,
+        "device": "cpu",
+        "batch": 100,
+        "probe": False,
+    }
     return benchmark(["patch:steps=40,images=400"], threats=threats or ["patch:0.25"], out=out, **asked | settings)
 
 

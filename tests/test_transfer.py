@@ -270,6 +270,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[Results, Notes]]:
     def run(attacks: Any, defenses: Any = None, **settings: Any) -> tuple[Results, Notes]:
         watcher = Notes()
         usual = {"model": "mlp", "n": 100, "device": "cpu", "out": tmp_path / "runs", "threats": ["linf:0.1"]}
+        usual["probe"] = False
         return benchmark(attacks, defenses, "digits", **(usual | settings), watcher=watcher), watcher
 
     return run

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -240,19 +241,16 @@ def test_a_worker_that_is_killed_is_replaced_and_its_chunk_tried_again(here: Pat
     peace = bench(weights, "careful:evil=hang", out="peace")
     Path("evil").touch()
 
-    class Killer(Notes):
-        """Once another chunk is finished, kills who hangs."""
+    def kill() -> None:
+        until(Path("pid").exists)
+        until(lambda: Path("pid").read_text())
+        Path("evil").unlink()
+        os.kill(int(Path("pid").read_text()), signal.SIGKILL)
 
-        def advanced(self, defense: str, plugin: str, threat: Any, inputs: int) -> None:
-            super().advanced(defense, plugin, threat, inputs)
-            if inputs and Path("evil").exists():
-                while not Path("pid").exists():
-                    time.sleep(0.01)
-                Path("evil").unlink()
-                os.kill(int(Path("pid").read_text()), signal.SIGKILL)
-
-    watcher = Killer()
+    watcher, killer = Notes(), threading.Thread(target=kill)
+    killer.start()
     results = bench(weights, "careful:evil=hang", workers=2, batch=100, watcher=watcher)
+    killer.join()
     assert [note for note in watcher.notes if "signal SIGKILL; tried again" in note] == watcher.notes != []
     assert tables(results) == tables(peace)
 
@@ -351,7 +349,7 @@ def test_a_claim_without_signs_of_life_counts_for_nothing(tmp_path: Path, owner:
 
 
 def test_a_stale_claim_does_not_stop_a_run(here: Path, weights: Path):
-    bench(weights, "fgsm")
+    bench(weights, "fgsm", probe=False)
     (chunk, *_) = sorted(here.rglob("*.npz"))
     chunk.unlink()
     process = subprocess.Popen([sys.executable, "-c", ""])
