@@ -254,8 +254,17 @@ class Bench:
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
-        """Attacks inputs at once; after an error chunk by chunk, so that one bad input costs its own chunk only."""
-        outcome = self._run(attack, x, y, rows)
+        """Attacks inputs at once; after an error chunk by chunk, so that one bad input costs its own chunk only, and in
+        halves where they do not fit in the device's memory."""
+        try:
+            outcome = self._run(attack, x, y, rows)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+            torch.cuda.empty_cache()  # does nothing where there is no such device
+            parts = ((len(rows) + 1) // 2, len(rows) // 2)
+            halves = zip(x.split(parts), y.split(parts), rows.split(parts))
+            return [outcome for half in halves for outcome in self.run(attack, *half)]
         if len(rows) > CHUNK and any(reason.startswith(ERROR) for reason in outcome.reason):
             return [self._run(attack, *piece) for piece in zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))]
         return [outcome]
@@ -357,6 +366,8 @@ def _propose(attack: Attack, problem: Problem, x: Tensor) -> tuple[Tensor, str]:
     try:
         candidates = attack(problem)
     except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) and len(x) > 1:
+            raise
         return nothing, f"{ERROR}{one_line(error)}"[:REASON]
     if not isinstance(candidates, Tensor) or candidates.shape != x.shape:
         shape = tuple(candidates.shape) if isinstance(candidates, Tensor) else type(candidates).__name__

@@ -213,6 +213,32 @@ def test_an_error_costs_its_own_chunk_alone():
     assert set(failed.reason) == {"error: RuntimeError: row 150"}
 
 
+@pytest.mark.parametrize("room", [130, 40, 0])
+def test_what_does_not_fit_in_memory_is_attacked_in_halves(room: int):
+    half = halfspace("linf", 0.1, count=250)
+    sizes = []
+
+    def call(problem):
+        sizes.append(len(problem))
+        if len(problem) > room:
+            raise torch.OutOfMemoryError("injected")
+        start = problem.threat.sample(problem.noise, problem.x)
+        return half.across(problem.x, 0.2 * (problem.noise.rows % 3 == 0).view(-1, 1, 1, 1)) + 0 * start
+
+    def evaluated():
+        return evaluate(Scripted(call), half.model, half.x, half.y, "linf:0.3", batch=300)
+
+    split = evaluated()
+    if room:
+        assert sizes[0] == 250
+        assert sum(size for size in sizes if size <= room) == 250
+        room = 250
+        assert_same(evaluated(), split)
+        assert UNKNOWN not in split.status
+    else:
+        assert set(split.reason) == {"error: OutOfMemoryError: injected"}
+
+
 def test_what_an_attack_remembers_is_judged_anew():
     weak, robust = halfspace("l2", 0.1), halfspace("l2", DISTANCE)
     memory = []
