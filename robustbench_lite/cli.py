@@ -74,6 +74,7 @@ def run(
     data_dir: options.DataDir = None,
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
+    dry_run: options.DryRun = False,
     audit: Annotated[
         bool,
         typer.Option(
@@ -131,31 +132,34 @@ def run(
     options.known(attacks, certifiers, defenses)
     if save_patch is not None and not any(spec == "all" or options.learns(spec) for spec in attacks):
         raise ValueError("--save-patch needs an attack that learns a patch: --attack patch --threat patch:0.1")
+    asked: dict[str, Any] = {
+        "n": options.images(n, dataset, data_dir),
+        "attacks": attacks,
+        "defenses": defenses or None,
+        "certifiers": certifiers,
+        "dataset": dataset,
+        "threats": threats,
+        "model": model,
+        "weights": weights,
+        "adaptive": adaptive,
+        "device": device,
+        "data_dir": data_dir,
+    }
+    kept: dict[str, Any] = {"seed": seed, "target": towards, "threads": threads, "out": out, "fresh": fresh}
+    if dry_run:
+        running.foretell(errors, quiet, inputs, {"": asked}, **kept)
+        return
     results = running.run(
         errors,
         quiet or as_json,
         verbose,
         inputs,
-        n=options.images(n, dataset, data_dir),
-        attacks=attacks,
-        defenses=defenses or None,
-        certifiers=certifiers,
-        dataset=dataset,
-        threats=threats,
-        seed=seed,
-        model=model,
-        weights=weights,
-        target=towards,
-        adaptive=adaptive,
-        device=device,
+        **asked,
+        **kept,
         batch=size,
-        data_dir=data_dir,
         workers=workers,
-        threads=threads,
         timeout=timeout,
         isolate=isolate,
-        out=out,
-        fresh=fresh,
         probe=audit,
         keep_all=save_adversarials is not None,
     )
@@ -264,9 +268,7 @@ def run_suite(
         int | None,
         typer.Option("--n", min=1, help="At most so many images a block: not the protocol.", rich_help_panel=WHAT),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what is missing, and estimate the time.", rich_help_panel=WHAT)
-    ] = False,
+    dry_run: options.DryRun = False,
     model: options.Model = None,
     weights: options.Weights = None,
     mean: options.Mean = None,

@@ -180,7 +180,7 @@ def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> No
         lines = [
             [one.defense, one.plugin, str(one.threat), f"{one.missing} of {one.inputs}", _about(one)] for one in cells
         ]
-        console.print(table(f"Block {name}", heads, lines))
+        console.print(table(f"Block {name}" if name else "What is to be run", heads, lines))
     cells = [one for block in blocks.values() for one in block]
     missing = [one for one in cells if one.missing]
     known = [one.seconds for one in missing if one.seconds is not None]

@@ -13,7 +13,7 @@ from robustbench_lite import registry
 from robustbench_lite.certifying import Court
 from robustbench_lite.data import Images
 from robustbench_lite.defended import Defended, ask, computing, device_of
-from robustbench_lite.evaluation import check, frozen
+from robustbench_lite.evaluation import Target, check, frozen
 from robustbench_lite.matrix import prepare
 from robustbench_lite.outcome import CHUNK, Certified, Outcome, Rows
 from robustbench_lite.planning import Assault
@@ -45,7 +45,14 @@ class Ahead:
 
 
 def forecast(
-    *, seed: int, out: str | Path, fresh: bool = False, threads: int = 1, watcher: Watcher = SILENT, **asked: Any
+    *,
+    seed: int,
+    out: str | Path,
+    target: Target | None = None,
+    fresh: bool = False,
+    threads: int = 1,
+    watcher: Watcher = SILENT,
+    **asked: Any,
 ) -> Iterator[Ahead]:
     """The cells of what :func:`robustbench_lite.matrix.prepare` is asked; trains nothing and writes nothing.
 
@@ -58,7 +65,7 @@ def forecast(
     """
     images, workshop, wanted = prepare(**asked, watcher=watcher)
     workshop = replace(workshop, trains=False)
-    station = Station(workshop, images, seed, None, BATCH, keep_all=False, radius=False, threads=threads)
+    station = Station(workshop, images, seed, target, BATCH, keep_all=False, radius=False, threads=threads)
     scout = _Scout(station, Store(Path(out), watcher.note), fresh, watcher, _linear(images))
     with computing(threads):
         for chain, assaults in wanted.assaults.items():

@@ -80,6 +80,9 @@ Timeout = Annotated[
     ),
 ]
 Isolate = Annotated[bool, typer.Option("--isolate", help="Run each cell in a process of its own.", rich_help_panel=HOW)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what is missing, and roughly how long it takes.", rich_help_panel=HOW)
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(

@@ -459,6 +459,17 @@ def test_a_dry_run_counts_what_is_missing_and_writes_nothing(bench):
     assert "7 of 7 cells" in bench(f"{line} --dry-run --fresh")[1]
 
 
+def test_the_main_command_has_a_dry_run_too(bench):
+    line = "--attack fgsm,pgd:steps=2 --dataset digits --model model.py:load --threat linf:0.1"
+    assert bench(f"{line} --n 100 --target 3")[0] == 0
+    counts = {}
+    for target in ("", " --target 3"):
+        code, out, _ = bench(f"{line} --n 120{target} --dry-run")
+        assert code == 0
+        counts[target] = out.count(" 120 of 120"), out.count(" 20 of 120")
+    assert counts == {"": (2, 0), " --target 3": (0, 2)}
+
+
 def test_a_dry_run_trains_nothing(bench):
     table = changed("block", "l2", "attack", to=["transfer:source=standard@mlp"])
     code, out, _ = bench(f"run {written(table)} --dry-run")
