@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robustbench_lite.outcome import Certified, Outcome, Probed
 
 Chunk = Outcome | Certified | Probed
 
-SCHEMA = 2
+SCHEMA = 3
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 
@@ -99,7 +100,7 @@ class Store:
                 _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
             part = _part(path)
             with part.open("wb") as file:
-                np.savez_compressed(file, schema=SCHEMA, **{name: getattr(chunk, name) for name in chunk.arrays()})
+                np.savez_compressed(file, schema=SCHEMA, rows=_table(chunk), imaged=chunk.imaged, images=chunk.images)
             os.replace(part, path)
 
     def learned(self, cell: Cell) -> Tensor | None:
@@ -194,11 +195,21 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(part, path)
 
 
+def _table(chunk: Chunk) -> NDArray[np.void]:
+    """The columns as one array, which is read several times as fast as an array each; texts as wide as they are."""
+    columns = {name: getattr(chunk, name) for name in chunk.columns()}
+    for name, column in columns.items():
+        if column.dtype.kind == "U":
+            columns[name] = column.astype(f"U{max(1, int(np.char.str_len(column).max()))}")
+    table = np.empty(len(chunk), [(name, column.dtype) for name, column in columns.items()])
+    for name, column in columns.items():
+        table[name] = column
+    return table
+
+
 def _read(path: Path, kind: type[Chunk]) -> Chunk:
     with np.load(path, allow_pickle=False) as file:
         if int(file["schema"]) != SCHEMA:
             raise ValueError(f"schema {int(file['schema'])}, not {SCHEMA}")
-        arrays = {name: file[name] for name in kind.arrays()}
-    if any(len(arrays[name]) != len(arrays["row"]) for name in kind.columns()):
-        raise ValueError("columns of unequal length")
-    return kind(**arrays)
+        table, imaged, images = file["rows"], file["imaged"], file["images"]
+    return kind(**{name: table[name].copy() for name in kind.columns()}, imaged=imaged, images=images)

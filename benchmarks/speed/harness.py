@@ -48,7 +48,7 @@ def overhead(n: int) -> str:
     spent: list[float] = []
     with tempfile.TemporaryDirectory() as out, timed_calls(spent):
         began = time.perf_counter()
-        benchmark([PGD], ["madry"], n=n, out=out, device="cpu").leaderboard()
+        benchmark([PGD], ["madry"], n=n, out=out, device="cpu", probe=False).leaderboard()
         whole = time.perf_counter() - began
     model = sum(spent)
     share = 1 - model / whole
@@ -58,7 +58,7 @@ def overhead(n: int) -> str:
 def cached(side: int, n: int) -> str:
     """A matrix whose cells are copies of one: as many attacks as defenses, all stored."""
     with tempfile.TemporaryDirectory() as out:
-        benchmark(["fgsm"], ["madry"], n=n, out=out, device="cpu")
+        benchmark(["fgsm"], ["madry"], n=n, out=out, device="cpu", probe=False)
         store = Store(Path(out), print)
         ((cell, chunks),) = store.cells()
         for attack in range(side):
@@ -87,7 +87,7 @@ def scaling(n: int) -> str:
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as out:
             began = time.time()
-            benchmark([PGD], ["madry"], n=n, out=out, device="cpu", batch=100, workers=workers)
+            benchmark([PGD], ["madry"], n=n, out=out, device="cpu", batch=100, workers=workers, probe=False)
             whole = time.time() - began
             written = np.sort([path.stat().st_mtime for path in Path(out).rglob("*.npz")])
             rate = (len(written) - workers) / (written[-1] - written[workers - 1])
