@@ -40,7 +40,13 @@ CURVES = (
 )
 MOST = 200  # points of a grid
 FORMATS = ("svg", "pdf", "png")
-UNITS = {"l0": "pixels", "patch": "share of the image area"}
+SIZES = {
+    "linf": "ℓ∞ perturbation (pixel range 0 to 1)",
+    "l2": "ℓ₂ perturbation (pixel range 0 to 1)",
+    "l1": "ℓ₁ perturbation (pixel range 0 to 1)",
+    "l0": "ℓ₀ perturbation (pixels)",
+    "patch": "patch (share of the image area)",
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 MARKERS, DASHES = "osD^vPX<>", ("-", "--", "-.", ":")  # 9 and 4: 36 curves are told apart without colour
 
@@ -183,7 +189,13 @@ def format_of(path: str | Path) -> str:
 
 
 def plot(frame: pd.DataFrame, path: Path, kind: str) -> None:
-    """Draws a table of curves: a panel a data set and norm, a line a curve with its 95 % band."""
+    """Draws a table of curves: a panel a data set and norm, a line a curve with its 95 % band.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    if frame.empty:
+        raise ValueError("there are no curves to draw")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -196,28 +208,26 @@ def plot(frame: pd.DataFrame, path: Path, kind: str) -> None:
     }
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     panels = list(frame.groupby(["dataset", "norm", "seed"], sort=False))
+    lines = max(len(named(panel)) for _, panel in panels)
     with rc_context(settings):
-        figure = Figure(figsize=(4.5 * len(panels), 3.4), dpi=300, layout="constrained")
+        figure = Figure(figsize=(4.5 * len(panels), 3.1 + 0.17 * lines), dpi=300, layout="constrained")
         for axes, ((dataset, norm, _), panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for k, (attack, defense, rows) in enumerate(named(panel)):
-                colour = COLOURS[k % len(COLOURS)]
-                axes.plot(
-                    rows["eps"],
-                    100 * rows["robust_accuracy"],
-                    color=colour,
-                    marker=MARKERS[k % len(MARKERS)],
-                    linestyle=DASHES[k % len(DASHES)],
-                    markersize=3.5,
-                    linewidth=1.2,
-                    label=f"{'all attacks' if attack == ALL else attack} on {defense}".replace("$", r"\$"),
-                )
                 low, high = 100 * rows["robust_low"], 100 * rows["robust_high"]
-                axes.fill_between(rows["eps"], low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.set_xlabel(f"{norm} eps ({UNITS.get(str(norm), 'pixel range [0, 1]')})")
-            axes.set_ylabel("robust accuracy (%)")
-            axes.set_title(str(dataset).replace("$", r"\$"))
+                look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)]}
+                axes.fill_between(rows["eps"], low, high, alpha=0.15, linewidth=0, **look)
+                look |= {"marker": MARKERS[k % len(MARKERS)], "linestyle": DASHES[k % len(DASHES)]}
+                label = _plain(f"{'all attacks' if attack == ALL else attack} on {defense}")
+                axes.plot(
+                    rows["eps"], 100 * rows["robust_accuracy"], markersize=3.5, linewidth=1.2, label=label, **look
+                )
+            axes.set(title=_plain(dataset), xlabel=SIZES[norm], ylabel="robust accuracy (%)", ylim=(-2, 102))
             axes.set_xlim(left=0)
-            axes.set_ylim(-2, 102)
             axes.grid(alpha=0.3, linewidth=0.5)
-            axes.legend(frameon=False)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, handlelength=3.5)
         figure.savefig(path, format=kind, metadata=undated)
+
+
+def _plain(text: str) -> str:
+    """As a text in which nothing is read as a formula."""
+    return text.replace("$", r"\$")
