@@ -221,7 +221,7 @@ def plot(frame: pd.DataFrame, path: Path, kind: str) -> None:
                 axes.plot(
                     rows["eps"], 100 * rows["robust_accuracy"], markersize=3.5, linewidth=1.2, label=label, **look
                 )
-            axes.set(title=_plain(dataset), xlabel=SIZES[norm], ylabel="robust accuracy (%)", ylim=(-2, 102))
+            axes.set(title=_plain(str(dataset)), xlabel=SIZES[str(norm)], ylabel="robust accuracy (%)", ylim=(-2, 102))
             axes.set_xlim(left=0)
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, handlelength=3.5)
