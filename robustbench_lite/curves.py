@@ -121,9 +121,9 @@ def curves(entries: Iterable[Entry]) -> pd.DataFrame:
     An input counts as robust at an eps where the attack was run and no adversarial of that size or less is known: not
     from this eps, nor from another, since what breaks an input at 0.1 is admissible at 0.2 too. So a curve never
     rises, and lies on or below the leaderboard's figures for the same attacks, each of which knows its own eps alone.
-    In the same way an input of unknown status is not robust from there on. At eps 0, which is always there, it is the clean accuracy.
-    Every point is over the inputs that the defense's cells share; intervals are 95 % Wilson's; ``unknown`` counts
-    inputs.
+    In the same way an input of unknown status is not robust from there on. At eps 0, which is always there, it is the
+    clean accuracy. Every point is over the inputs that the defense's cells share; intervals are 95 % Wilson's;
+    ``unknown`` counts inputs.
     """
     import pandas as pd
 

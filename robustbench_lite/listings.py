@@ -136,19 +136,7 @@ def doctor(data_dir: Path | None) -> RenderableType:
     """Versions, devices, folders, and what is missing."""
     import torch
 
-    packages = (
-        "torch",
-        "numpy",
-        "pandas",
-        "scipy",
-        "scikit-learn",
-        "cvxpy",
-        "safetensors",
-        "matplotlib",
-        "pooch",
-        "typer",
-        "rich",
-    )
+    packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "cvxpy", "safetensors", "pooch", "typer", "rich")
     lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
     lines += [[name, _installed(name)] for name in packages]
     lines.append(["extra: foolbox", _installed("foolbox")])
