@@ -177,6 +177,90 @@ def run(
 
 
 @app.command()
+def curve(
+    eps: Annotated[
+        str,
+        typer.Option("--eps", help="START:STOP:STEP, stop included, or a list: 0,0.1,8/255.", rich_help_panel=WHAT),
+    ],
+    attack: Annotated[
+        list[str] | None,
+        typer.Option("--attack", help="Attacks; a list, or repeat it; or all.", rich_help_panel=WHAT),
+    ] = None,
+    defense: options.Defenses = None,
+    dataset: options.Dataset = "mnist",
+    norm: Annotated[str, typer.Option("--norm", help="Of all eps.", rich_help_panel=WHAT)] = "linf",
+    n: options.Count = None,
+    model: options.Model = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    bounds: options.Bounds = "0:1",
+    probabilities: options.Probabilities = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    workers: options.Workers = 0,
+    threads: options.Threads = 1,
+    timeout: options.Timeout = None,
+    isolate: options.Isolate = False,
+    data_dir: options.DataDir = None,
+    out: options.Out = Path("runs"),
+    fresh: options.Fresh = False,
+    csv: options.Csv = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the curves, as .svg, .pdf or .png.", rich_help_panel=RESULTS)
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Show how robust accuracy falls as eps grows; an attack that seeks the nearest adversarial runs once."""
+    options.count(n or "all")  # a mistake is told before anything else
+    inputs = options.described(mean, std, bounds, probabilities)
+    files = [file for file in (csv, plot) if file is not None]
+    options.writable(*files)
+    attacks, defenses, errors = options.specs(attack) or ["pgd"], options.specs(defense), running.stderr()
+    options.known(attacks, [], defenses)
+
+    from robustbench_lite import curves
+
+    if plot is not None:
+        curves.format_of(plot)
+    threats = [f"{norm}:{level!r}" for level in curves.grid(eps) if level]
+    if not quiet and not as_json:
+        running.announce(errors, f"{', '.join(attacks)} at {len(threats)} eps", defenses, model, weights, dataset)
+    results = running.run(
+        errors,
+        quiet or as_json,
+        verbose,
+        inputs,
+        n=options.images(n, dataset, data_dir),
+        attacks=attacks,
+        defenses=defenses or None,
+        dataset=dataset,
+        threats=threats,
+        seed=seed,
+        model=model,
+        weights=weights,
+        device=device,
+        data_dir=data_dir,
+        workers=workers,
+        threads=threads,
+        timeout=timeout,
+        isolate=isolate,
+        out=out,
+        fresh=fresh,
+        probe=False,
+    )
+    running.write({csv: results.curves})
+    if plot is not None:
+        results.plot_curves(plot)
+    running.show_curves(results, as_json)
+    if not as_json:
+        running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
+    raise typer.Exit(running.verdict([results], errors))
+
+
+@app.command()
 def certify(
     method: Annotated[
         list[str],

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from robustbench_lite.curves import named
 from robustbench_lite.leaderboard import wilson
 from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
@@ -146,6 +147,27 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     for _, row in board[board["flags"] != ""].iterrows():
         where = f"{_defense(row)}, {row['norm']} {row['eps']:g}"
         console.print(f"{FLAGGED.strip()} {where}: {row['flags']}", style="yellow", soft_wrap=True)
+
+
+def show_curves(console: Console, frame: pd.DataFrame) -> None:
+    """A row an eps and a column a curve, in as many tables as the screen asks for."""
+    for _, panel in frame.groupby(["dataset", "norm", "seed"], sort=False):
+        curves = named(panel)
+        first, fit = panel.iloc[0], max(1, (console.width - 8) // 22)
+        title = f"Robust accuracy, % [95 % interval]: {first['dataset']}, {first['norm']}"
+        for start in range(0, len(curves), fit):
+            here = curves[start : start + fit]
+            cells = {
+                (k, row["eps"]): interval(row["robust_accuracy"], row["examples"])
+                for k, (_, _, rows) in enumerate(here)
+                for _, row in rows.iterrows()
+            }
+            lines = [
+                [f"{eps:g}", *(cells.get((k, eps), "") for k in range(len(here)))]
+                for eps in sorted({eps for _, eps in cells})
+            ]
+            heads = ["eps", *(f"{defense}\n{attack}" for attack, defense, _ in here)]
+            console.print(table(title, heads, lines))
 
 
 def show_certificates(console: Console, certificates: pd.DataFrame) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustbench_lite import audit, data, leaderboard
+from robustbench_lite import audit, curves, data, leaderboard
 from robustbench_lite.claims import Claims
 from robustbench_lite.defended import computing
 from robustbench_lite.evaluation import Target
@@ -67,6 +67,10 @@ class Results:
         """See :func:`robustbench_lite.leaderboard.violations`."""
         return leaderboard.violations(self.entries, self.proofs)
 
+    def curves(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.curves.curves`."""
+        return curves.curves(self.entries)
+
     @cached_property
     def findings(self) -> list[audit.Finding]:
         """See :func:`robustbench_lite.audit.findings`."""
@@ -104,6 +108,16 @@ class Results:
             counts.update(reason for reason in reasons if reason.startswith(ERROR))
         del counts[""]
         return dict(counts.most_common())
+
+    def plot_curves(self, path: str | Path) -> None:
+        """Draws :meth:`curves`, as SVG, PDF or PNG.
+
+        Raises:
+            ValueError: for a file of another kind, or one that cannot be written.
+        """
+        kind = curves.format_of(path)
+        with _replacing(Path(path)) as part:
+            curves.plot(self.curves(), part, kind)
 
     def save_patch(self, path: str | Path) -> str:
         """Writes the first patch that an attack has learned as PNG, a pixel a pixel; says which it is.

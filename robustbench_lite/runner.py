@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -89,6 +90,7 @@ class Runner:
     isolate: bool = False
     fresh: bool = False
     probing: bool = True
+    made: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)  # chunks, by this run
 
     def run(self, plan: Plan) -> list[leaderboard.Found]:
         """What is found in every cell, and of every model. Chunks that another run has claimed are waited for."""
@@ -165,7 +167,7 @@ class Runner:
         if learner and not self.fresh:
             job.learned = self.store.learned(cell)
         for span in spans(self.station):
-            stored = None if self.fresh or (learner and job.learned is None) else self._stored(cell, span)
+            stored = None if learner and job.learned is None else self._stored(cell, span)
             if stored is None:
                 job.missing.append(span)
             else:
@@ -189,9 +191,11 @@ class Runner:
         return probe_of(cell, found)
 
     def _stored(self, cell: Cell, span: Span) -> Chunk | None:
-        """A chunk that is there; one that had no answer is asked for again."""
-        stored = self.store.load(cell, *span, self.station.keep_all)
-        return stored if isinstance(stored, cell.kind) and not stored.unfinished else None
+        """A chunk that is there; one that had no answer is asked for again, but once a run: cells that differ in an
+        eps that is no part of their key share their chunks."""
+        ours = self.store.path(cell, *span) in self.made
+        stored = self.store.load(cell, *span, self.station.keep_all) if ours or not self.fresh else None
+        return stored if isinstance(stored, cell.kind) and (ours or not stored.unfinished) else None
 
     def _learned(self, job: Job, subject: Subject) -> Tensor:
         """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
@@ -208,8 +212,6 @@ class Runner:
     def _mine(self, job: Job, span: Span) -> bool:
         """Whether a chunk is this run's to compute: no other run does, or has done since."""
         cell = cast(Cell, job.cell)
-        if self.fresh:
-            return True
         if not self.claims.take(self.store.path(cell, *span)):
             return False
         stored = self._stored(cell, span)
@@ -226,6 +228,7 @@ class Runner:
         for span in task.spans:
             chunk = found.part(*span)
             self.store.save(cast(Cell, job.cell), chunk)
+            self.made.add(self.store.path(cast(Cell, job.cell), *span))
             self._done(job, span, chunk)
         self._advance(job, len(found))
 

@@ -128,6 +128,19 @@ def show(results: Results, as_json: bool) -> None:
         show_certificates(stdout(), results.certificates())
 
 
+def show_curves(results: Results, as_json: bool) -> None:
+    """The security curves, and which of their attacks not to believe."""
+    from robustbench_lite import display
+
+    frame = results.curves()
+    if as_json:
+        print(frame.to_json(orient="records", indent=2, double_precision=15))
+        return
+    display.show_curves(stdout(), frame)
+    for finding in results.findings:
+        stdout().print(f"! {finding}", style="yellow", soft_wrap=True)
+
+
 def stdout() -> Console:
     from rich.console import Console
 

@@ -762,7 +762,7 @@ def test_help_and_version(bench):
         "attack defense certify dataset threat norm eps n target plugin model weights mean std bounds probabilities "
         "seed device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
     )
-    commands = "train certify leaderboard attacks defenses certifiers datasets models cache doctor"
+    commands = "train certify curve leaderboard attacks defenses certifiers datasets models cache doctor"
     for option in options.split():
         assert re.search(rf"--{option}\b", text.out)
     for command in commands.split():

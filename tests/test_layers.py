@@ -25,6 +25,7 @@ LAYERS = [
         "suites",
         "forecast",
         "leaderboard",
+        "curves",
         "report",
         "audit",
     },
