@@ -51,6 +51,10 @@ class Results:
         """See :func:`robustbench_lite.leaderboard.matrix`."""
         return leaderboard.matrix(self.entries, self.proofs)
 
+    def per_class(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.leaderboard.per_class`."""
+        return leaderboard.per_class(self.entries, self.proofs)
+
     def rows(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.rows`."""
         return leaderboard.rows(self.entries)
