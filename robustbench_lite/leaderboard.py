@@ -292,7 +292,8 @@ def certified_by(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable
 
 def verified(proofs: Sequence[Proof]) -> NDArray[np.bool_]:
     """Which inputs any certifier verified, over the same rows."""
-    return np.array([proof.certified.status == VERIFIED for proof in proofs]).any(0)
+    any_of: NDArray[np.bool_] = np.any([proof.certified.status == VERIFIED for proof in proofs], axis=0)
+    return any_of
 
 
 def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> dict[str, Any]:
