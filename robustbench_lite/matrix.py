@@ -332,7 +332,7 @@ def write_table(board: pd.DataFrame, path: Path) -> None:
         ValueError: where the file cannot be written.
     """
     with _replacing(path) as part:
-        part.write_text(exports.text(board, path), "utf-8", "backslashreplace", "\n")
+        part.write_text(exports.text(board, path), "utf-8", newline="\n")
 
 
 def _in_order(found: Sequence[leaderboard.Found]) -> Results:
