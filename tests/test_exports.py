@@ -129,6 +129,15 @@ def test_blocks_are_set_apart_and_columns_that_say_nothing_left_out():
     assert [line[5] for line in parsed(exports.markdown(seeds))] == ["seed", "0", "7"]
 
 
+def test_the_blocks_of_a_suite_are_ranked_by_themselves():
+    boards = [board().assign(protocol="mine 1", block=name) for name in ("linf", "queries")]
+    together = pd.concat(boards, ignore_index=True)[["protocol", "block", *LEADERBOARD]]
+    heads, *lines = typeset(exports.latex(together))
+    assert heads[:3] == ["protocol", "block", "rank"]
+    assert [line[1:3] for line in lines[2:4]] == [["linf", "3"], ["queries", "1"]]
+    assert exports.latex(together).count("\\midrule") == 2
+
+
 # RobustBench's entries
 
 
