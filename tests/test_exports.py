@@ -267,3 +267,4 @@ def test_a_board_without_rows_is_a_table_without_rows():
     empty = Results((), (proof("vu"),)).leaderboard()
     assert json.loads(model_info.text(empty)) == []
     assert all(write(empty) for write in (exports.markdown, exports.latex))
+    assert len(model_info.joined(empty, [])) == 0

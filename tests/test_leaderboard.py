@@ -233,7 +233,7 @@ def test_a_rank_says_by_mcnemar_whether_the_row_above_differs():
     """best and next: 6 inputs to 0, so 2 / 2^6; next and tied: 1 to 1, so 1. Of blind attacks, or of others: none."""
     letters = {"best": "hhhhhhhh", "next": "bbbbbbhh", "tied": "bbbbbhbh"}
     entries = [entry(status, defense=name) for name, status in letters.items()]
-    others = [entry("hbbbbbbbb", defense="more"), entry("bbbbbbbb", defense="best", adaptive=False)]
+    others = [entry("hhhhhhhhh", defense="more"), entry("bbbbbbbb", defense="best", adaptive=False)]
     board = leaderboard([*others, *entries, entry("bbbbbbbb", eps=0.2)]).set_index(["defense", "adaptive", "eps"])
     expected = {
         ("best", True, 0.1): np.nan,
