@@ -798,9 +798,10 @@ def test_help_and_version(bench):
     assert text.code == 0
     options = (
         "attack defense certify dataset threat norm eps n target plugin model weights mean std bounds probabilities "
-        "seed device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
+        "seed device batch data-dir out fresh csv table matrix rows save-adversarials fail-below json quiet verbose "
+        "version"
     )
-    commands = "train certify leaderboard attacks defenses certifiers datasets models cache doctor"
+    commands = "train certify leaderboard compare attacks defenses certifiers datasets models cache doctor"
     for option in options.split():
         assert re.search(rf"--{option}\b", text.out)
     for command in commands.split():
