@@ -82,6 +82,7 @@ def run(
         ),
     ] = True,
     csv: options.Csv = None,
+    table: options.Table = None,
     matrix: Annotated[
         Path | None, typer.Option(help="Write the matrix, attack by defense.", rich_help_panel=RESULTS)
     ] = None,
@@ -121,8 +122,9 @@ def run(
     inputs = options.described(mean, std, bounds, probabilities)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
-    files = [file for file in (csv, matrix, rows, save_adversarials, save_patch) if file is not None]
+    files = [file for file in (csv, table, matrix, rows, save_adversarials, save_patch) if file is not None]
     options.writable(*files)
+    options.exported(table)
     if save_patch is not None and save_patch.suffix.lower() != ".png":
         raise ValueError(f"--save-patch writes a PNG file; {save_patch.name} does not end in .png")
     attacks, certifiers = options.specs(attack) or ["pgd"], options.specs(certify)
@@ -164,6 +166,7 @@ def run(
         keep_all=save_adversarials is not None,
     )
     running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
+    running.export(table, results.leaderboard)
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
     if save_patch is not None:
@@ -368,13 +371,15 @@ def run_suite(
     out: options.Out = Path("runs"),
     fresh: options.Fresh = False,
     csv: options.Csv = None,
+    table: options.Table = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
     described = options.described(mean, std, bounds, probabilities)
-    files = [file for file in (csv,) if file is not None]
+    files = [file for file in (csv, table) if file is not None]
     options.writable(*files)
+    options.exported(table)
     defenses, errors = options.specs(defense), running.stderr()
     options.known([], [], defenses)
 
@@ -403,6 +408,7 @@ def run_suite(
         found[name] = running.run(errors, quiet, verbose, described, **asked, **kept, **how)
         running.show(found[name], as_json=False)
     running.write({csv: lambda: suites.leaderboard(protocol, found)})
+    running.export(table, lambda: suites.leaderboard(protocol, found))
     running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
     raise typer.Exit(running.verdict(found.values(), errors))
 
@@ -465,18 +471,47 @@ def train(
 def leaderboard(
     folder: Annotated[Path, typer.Argument(help="A results folder.")],
     csv: Annotated[Path | None, typer.Option(help="Write the leaderboard.")] = None,
+    table: options.Table = None,
     matrix: Annotated[Path | None, typer.Option(help="Write the matrix.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Write a line an input and attack.")] = None,
+    per_class: Annotated[Path | None, typer.Option(help="Write accuracies by class.")] = None,
+    with_robustbench: Annotated[
+        Path | None, typer.Option(help="Rank the entries of RobustBench's model_info in this folder too.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the leaderboard as JSON.")] = False,
 ) -> None:
     """The tables of all that a results folder holds."""
-    options.writable(*(file for file in (csv, matrix, rows) if file is not None))
+    options.writable(*(file for file in (csv, table, matrix, rows, per_class) if file is not None))
+    options.exported(table)
+    from robustbench_lite import model_info
     from robustbench_lite.matrix import load
 
-    results = load(folder, lambda text: running.stderr().print(f"note: {text}", style="yellow", soft_wrap=True))
-    running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
-    running.show(results, as_json)
+    results = load(folder, _note)
+    board = results.leaderboard()
+    if with_robustbench is not None:
+        board = model_info.joined(board, model_info.read(with_robustbench, _note))
+        if not (board["source"] == model_info.REPORTED).any():
+            _note(f"{with_robustbench} has no entry for a data set and threat model of {folder}")
+    running.write({csv: lambda: board, matrix: results.matrix, rows: results.rows, per_class: results.per_class})
+    running.export(table, lambda: board)
+    running.show(results, as_json, board)
     raise typer.Exit(running.violated([results], running.stderr()))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="A results folder.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+    csv: Annotated[Path | None, typer.Option(help="Write a line an accuracy, changed or not.")] = None,
+) -> None:
+    """Say what changed between two results folders, and whether it is more than noise."""
+    options.writable(*(file for file in (csv,) if file is not None))
+    from robustbench_lite.display import show_comparison
+    from robustbench_lite.matrix import load
+
+    comparison = load(before, _note).compare(load(after, _note))
+    running.write({csv: lambda: comparison})
+    show_comparison(running.stdout(), comparison)
 
 
 @app.command()
@@ -488,7 +523,7 @@ def audit(
     options.writable(*(file for file in (csv,) if file is not None))
     from robustbench_lite.matrix import load
 
-    results = load(folder, lambda text: running.stderr().print(f"note: {text}", style="yellow", soft_wrap=True))
+    results = load(folder, _note)
     running.write({csv: results.audit})
     output = running.stdout()
     for finding in results.findings:
@@ -497,6 +532,10 @@ def audit(
     output.print(f"{(board['flags'] != '').sum()} of {len(board)} rows flagged", soft_wrap=True)
     if bare := results.unprobed:
         output.print(f"not probed: {'; '.join(bare)}; run them again without --no-audit", soft_wrap=True)
+
+
+def _note(text: str) -> None:
+    running.stderr().print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
 def _listing(kind: registry.Kind) -> None:

@@ -20,7 +20,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from robustbench_lite.comparison import LEVEL, changed
 from robustbench_lite.curves import named
+from robustbench_lite.exports import number
 from robustbench_lite.leaderboard import wilson
 from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
@@ -118,24 +120,29 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     wide, proved = console.width >= WIDE, bool(board["certified_accuracy"].notna().any())
     columns: dict[str, Callable[[Any], str]] = {
         "rank": lambda row: str(row["rank"]) if row["adaptive"] else "",
+        "source": lambda row: row.get("source", ""),
         "defense": _defense,
         "threat": lambda row: f"{row['norm']} {row['eps']:g}",
-        "n": lambda row: str(row["examples"]),
+        "n": lambda row: number(row["examples"], "d"),
         "clean": lambda row: percent(row["clean_accuracy"]),
         CERTIFIED if wide else "proved": lambda row: _cell(
             row["certified_accuracy"], row["examples"] if wide else None
         ),
-        ROBUST: lambda row: interval(row["robust_accuracy"], row["examples"]) + FLAGGED * bool(row["flags"]),
+        ROBUST: lambda row: _cell(row["robust_accuracy"], row["examples"]) + FLAGGED * bool(row["flags"]),
+        "p above": lambda row: number(row["p_above"], ".2g"),
         "worst attack": lambda row: row["worst_attack"],
         "detected": lambda row: _cell(row["detection_rate"], None),
         "false pos.": lambda row: _cell(row["false_positives"], None),
-        "threshold": lambda row: "" if row["threshold"] != row["threshold"] else f"{row['threshold']:.4f}",
-        "unknown": lambda row: str(row["unknown"]),
-        "forwards": lambda row: f"{row['forwards']:.1f}",
-        "backwards": lambda row: f"{row['backwards']:.1f}",
-        "seconds": lambda row: f"{row['seconds']:.1f}",
+        "threshold": lambda row: number(row["threshold"], ".4f"),
+        "unknown": lambda row: number(row["unknown"], "d"),
+        "forwards": lambda row: number(row["forwards"], ".1f"),
+        "backwards": lambda row: number(row["backwards"], ".1f"),
+        "seconds": lambda row: number(row["seconds"], ".1f"),
     }
     hidden = set() if proved else {CERTIFIED, "proved"}
+    hidden |= set() if "source" in board else {"source"}
+    if not wide or not board["p_above"].notna().any():
+        hidden |= {"p above"}
     if not wide or not board["threshold"].notna().any():
         hidden |= {"detected", "false pos.", "threshold"}
     if not wide:  # the order says the rank, and the matrix above how each attack did
@@ -181,7 +188,7 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
             str(row["examples"]),
             percent(row["clean_accuracy"]),
             _cell(row["certified_accuracy"], row["examples"] if wide else None),
-            "" if row["mean_margin"] != row["mean_margin"] else f"{row['mean_margin']:.2f}",
+            number(row["mean_margin"], ".2f"),
             f"{row['mean_radius']:.4f}",
             *(str(row[status]) for status in ("verified", "falsified", "unknown", "unsupported")),
             f"{row['seconds']:.1f}",
@@ -193,6 +200,29 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
         heads += ["verified", "falsified", "unknown", "unsupported", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
     console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+
+
+def show_comparison(console: Console, comparison: pd.DataFrame) -> None:
+    """What differs, a line an accuracy, and how many do not."""
+    differs = changed(comparison)
+    lines = [
+        [
+            row["dataset"],
+            _defense(row) + (" (another model)" * (number(row["same_model"], "") == "False")),
+            f"{row['norm']} {row['eps']:g}",
+            f"{row['accuracy']}, {row['plugin']}" if row["plugin"] else row["accuracy"],
+            str(row["examples"]),
+            _cell(row["before"], None) or "-",
+            _cell(row["after"], None) or "-",
+            number(row["lost"], "d") and f"-{row['lost']} +{row['gained']}",
+            number(row["p_value"], ".2g") + " *" * bool(row["p_value"] < LEVEL),
+        ]
+        for _, row in comparison[differs].iterrows()
+    ]
+    if lines:
+        heads = ["data set", "defense", "threat", "accuracy", "n", "before", "after", "inputs", "p"]
+        console.print(table("What changed, %; * more than noise (McNemar's exact test at 5 %)", heads, lines))
+    console.print(f"{len(lines)} of {len(comparison)} accuracies differ", soft_wrap=True)
 
 
 def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> None:
@@ -236,7 +266,7 @@ def _cell(fraction: float, examples: int | None) -> str:
     """Empty where there is none; with its interval where ``examples`` are given."""
     if fraction != fraction:
         return ""
-    return percent(fraction) if examples is None else interval(fraction, examples)
+    return percent(fraction) if examples is None or not number(examples, "d") else interval(fraction, examples)
 
 
 def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:

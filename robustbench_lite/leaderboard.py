@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -47,6 +48,7 @@ LEADERBOARD = (
     "robust_accuracy",
     "robust_low",
     "robust_high",
+    "p_above",
     "worst_attack",
     "attacks",
     "certifiers",
@@ -83,6 +85,24 @@ CERTIFICATES = (
     "unknown",
     "unsupported",
     "seconds",
+    "seed",
+    "version",
+)
+
+
+PER_CLASS = (
+    "dataset",
+    "defense",
+    "model",
+    "norm",
+    "eps",
+    "adaptive",
+    "class",
+    "examples",
+    "clean_accuracy",
+    "robust_accuracy",
+    "robust_low",
+    "robust_high",
     "seed",
     "version",
 )
@@ -263,19 +283,30 @@ def _falsifier(proof: Proof, rows: NDArray[np.int64]) -> Entry:
     )
 
 
-def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> dict[str, Any]:
-    """The certified columns of a leaderboard row: what any certifier verified that was asked about all its inputs and
-    covers the model."""
+def certified_by(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> list[Proof]:
+    """The proofs that say something of a leaderboard row, cut to its inputs: their certifier was asked about all of
+    them and covers the model."""
     asked = [
         replace(proof, certified=proof.certified.select(rows))
         for proof in proofs
         if proof.row == row and np.isin(rows, proof.certified.row).all()
     ]
-    asked = [proof for proof in asked if not {*proof.certified.status.tolist()} <= {WRONG, UNSUPPORTED}]
+    return [proof for proof in asked if not {*proof.certified.status.tolist()} <= {WRONG, UNSUPPORTED}]
+
+
+def verified(proofs: Sequence[Proof]) -> NDArray[np.bool_]:
+    """Which inputs any certifier verified, over the same rows."""
+    any_of: NDArray[np.bool_] = np.any([proof.certified.status == VERIFIED for proof in proofs], axis=0)
+    return any_of
+
+
+def _bound(row: tuple[Any, ...], rows: NDArray[np.int64], proofs: Iterable[Proof]) -> dict[str, Any]:
+    """The certified columns of a leaderboard row."""
+    asked = certified_by(row, rows, proofs)
     accuracy = low = high = np.nan
     if asked:
-        verified = np.array([proof.certified.status == VERIFIED for proof in asked]).any(0)
-        accuracy, (low, high) = float(verified.mean()), wilson(int(verified.sum()), len(rows))
+        proved = verified(asked)
+        accuracy, (low, high) = float(proved.mean()), wilson(int(proved.sum()), len(rows))
     return {
         "certified_accuracy": accuracy,
         "certified_low": low,
@@ -293,11 +324,13 @@ def leaderboard(
     ``forwards`` and ``backwards`` are means an input, over all attacks together; ``unknown`` counts inputs. A row of
     attacks that are blind to the defense is not ``adaptive``, and has no rank. A counterexample of a certifier that was
     asked about the same inputs breaks its input as an attack does. ``flags`` are those of a row, by its ``line``.
+    ``p_above`` is the two-sided p-value, by :func:`mcnemar`, of the robust accuracy being that of the row ranked just
+    above; there is none where the two are about different inputs.
     """
     import pandas as pd
 
-    table = []
-    for group in grouped(entries, proofs):
+    table, groups = [], grouped(entries, proofs)
+    for group in groups:
         first, outcomes = group[0], [entry.outcome for entry in group]
         count, held = len(outcomes[0]), robust(outcomes)
         low, high = wilson(int(held.sum()), count)
@@ -318,6 +351,7 @@ def leaderboard(
                 "robust_accuracy": float(held.mean()),
                 "robust_low": low,
                 "robust_high": high,
+                "p_above": np.nan,
                 "worst_attack": worst.attack,
                 "attacks": "; ".join(entry.attack for entry in group),
                 **(_NO_DETECTOR if first.threshold is None else detection(outcomes)),
@@ -337,7 +371,45 @@ def leaderboard(
     board["rank"] = ranked.rank("min", ascending=False).reindex(board.index).astype("Int64")
     block = board.groupby(keys, sort=False).ngroup()
     order = board.assign(block=block).sort_values(["block", "rank"], kind="stable").index
+    for above, here in pairwise(order):
+        if block[above] == block[here] and board["adaptive"][here]:
+            board.loc[here, "p_above"] = _differs(groups[above], groups[here])
     return board.loc[order].reset_index(drop=True)
+
+
+def _differs(one: Sequence[Entry], other: Sequence[Entry]) -> float:
+    """The p-value of two leaderboard rows being equally robust; NaN where they are about different inputs."""
+    first, second = one[0].outcome, other[0].outcome
+    if not (np.array_equal(first.row, second.row) and np.array_equal(first.label, second.label)):
+        return np.nan
+    return mcnemar(robust([entry.outcome for entry in one]), robust([entry.outcome for entry in other]))
+
+
+def per_class(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:
+    """A line a leaderboard row and class, of the examples with that label; the columns are those of ``PER_CLASS``."""
+    import pandas as pd
+
+    table = []
+    for group in grouped(entries, proofs):
+        outcomes = [entry.outcome for entry in group]
+        held, right, label = robust(outcomes), outcomes[0].status != WRONG, outcomes[0].label
+        for one in np.unique(label):
+            here = label == one
+            low, high = wilson(int(held[here].sum()), int(here.sum()))
+            table.append(
+                {
+                    **{name: getattr(group[0], name) for name in PER_CLASS[:6]},
+                    "class": int(one),
+                    "examples": int(here.sum()),
+                    "clean_accuracy": float(right[here].mean()),
+                    "robust_accuracy": float(held[here].mean()),
+                    "robust_low": low,
+                    "robust_high": high,
+                    "seed": group[0].seed,
+                    "version": __version__,
+                }
+            )
+    return pd.DataFrame(table, columns=list(PER_CLASS))
 
 
 def matrix(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustbench_lite import audit, curves, data, leaderboard
+from robustbench_lite import audit, comparison, curves, data, exports, leaderboard
 from robustbench_lite.claims import Claims
 from robustbench_lite.defended import computing
 from robustbench_lite.evaluation import Target
@@ -50,6 +50,10 @@ class Results:
     def matrix(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.matrix`."""
         return leaderboard.matrix(self.entries, self.proofs)
+
+    def per_class(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.leaderboard.per_class`."""
+        return leaderboard.per_class(self.entries, self.proofs)
 
     def rows(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.rows`."""
@@ -86,6 +90,10 @@ class Results:
         lines = {probe.line for probe in self.probes}
         bare = [entry for entry in self.entries if entry.line not in lines]
         return list(dict.fromkeys(f"{entry.defense}, {entry.norm} {entry.eps:g}" for entry in bare))
+
+    def compare(self, later: Results) -> pd.DataFrame:
+        """What changed; see :func:`robustbench_lite.comparison.compare`."""
+        return comparison.compare(self, later)
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the leaderboard."""
@@ -329,6 +337,16 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """
     with _replacing(path) as part:
         frame.to_csv(part, index=False, lineterminator="\n")
+
+
+def write_table(board: pd.DataFrame, path: Path) -> None:
+    """Writes a leaderboard in the format that the file's name asks for, one of ``exports.FORMATS``.
+
+    Raises:
+        ValueError: where the file cannot be written.
+    """
+    with _replacing(path) as part:
+        part.write_text(exports.text(board, path), "utf-8", newline="\n")
 
 
 def _in_order(found: Sequence[leaderboard.Found]) -> Results:

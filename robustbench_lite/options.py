@@ -94,6 +94,14 @@ Out = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Compute again what is there.", rich_help_panel=RESULTS)]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Write the table.", rich_help_panel=RESULTS)]
+Table = Annotated[
+    Path | None,
+    typer.Option(
+        "--table",
+        help="Write the leaderboard: FILE.md, .tex, or RobustBench's .json.",
+        rich_help_panel=RESULTS,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON.", rich_help_panel=TALK)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tables only.", rich_help_panel=TALK)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each piece of work.", rich_help_panel=TALK)]
@@ -136,6 +144,14 @@ def writable(*files: Path) -> None:
             raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
         if file.is_dir():
             raise ValueError(f"{file} is a folder; name a file to write")
+
+
+def exported(file: Path | None) -> None:
+    """Sees that a leaderboard can be written in the format that the file's name asks for."""
+    from robustbench_lite import exports
+
+    if file is not None:
+        exports.check(file)
 
 
 def first(dataset: str, data_dir: Path | None) -> int:

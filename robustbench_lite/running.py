@@ -113,17 +113,27 @@ def write(tables: Mapping[Path | None, Callable[[], pd.DataFrame]]) -> None:
             write_csv(table(), path)
 
 
-def show(results: Results, as_json: bool) -> None:
-    """The leaderboard where something was attacked, and the certificates where something was certified."""
+def export(path: Path | None, board: Callable[[], pd.DataFrame]) -> None:
+    """Writes the leaderboard in the format that the file's name asks for."""
+    from robustbench_lite.matrix import write_table
+
+    if path is not None:
+        write_table(board(), path)
+
+
+def show(results: Results, as_json: bool, board: pd.DataFrame | None = None) -> None:
+    """The leaderboard where something was attacked, and the certificates where something was certified; ``board``, if
+    given, in place of the leaderboard."""
     from robustbench_lite.display import show_certificates, show_results
 
     attacked = bool(results.entries)
+    board = results.leaderboard() if board is None else board
     if as_json:
-        shown = results.leaderboard() if attacked else results.certificates()
+        shown = board if attacked else results.certificates()
         print(shown.to_json(orient="records", indent=2, double_precision=15))
         return
     if attacked:
-        show_results(stdout(), results.matrix(), results.leaderboard())
+        show_results(stdout(), results.matrix(), board)
     if results.proofs:
         show_certificates(stdout(), results.certificates())
 

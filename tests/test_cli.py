@@ -576,6 +576,44 @@ def test_leaderboard_reads_back_what_a_run_wrote(bench):
         assert Path(f"{name.upper()}.csv").read_bytes() == Path(f"{name}.csv").read_bytes()
 
 
+def test_leaderboards_are_exported_and_joined_with_what_others_report(bench):
+    bench(f"--attack fgsm {OWN} --table a.md")
+    entry = {"name": "T", "dataset": "digits", "architecture": "WRN", "eps": 0.1, "clean_acc": 99}
+    Path("theirs/Linf").mkdir(parents=True)
+    Path("theirs/Linf/Else2020.json").write_text(json.dumps(entry | {"autoattack_acc": "99.0"}))
+    assert bench("leaderboard runs --table b.md").code == 0
+    assert Path("a.md").read_text() == Path("b.md").read_text()
+    ran = bench("leaderboard runs --with-robustbench theirs --csv board.csv --table c.tex --per-class classes.csv")
+    board = pd.read_csv("board.csv")
+    assert (ran.code, ran.err) == (0, "")
+    assert board["source"].tolist() == ["reported", "evaluated"]
+    assert "Else2020" in ran.out
+    assert "nan" not in ran.out
+    assert "Else2020" in Path("c.tex").read_text()
+    classes = pd.read_csv("classes.csv")
+    assert classes["examples"].sum() == board["examples"][1]
+    robust = (classes["robust_accuracy"] * classes["examples"]).sum() / classes["examples"].sum()
+    assert robust == pytest.approx(board["robust_accuracy"][1])
+    Path("theirs/Linf/Else2020.json").write_text(json.dumps(entry | {"eps": 0.5, "external": 50}))
+    (note,) = bench("leaderboard runs --with-robustbench theirs").errors
+    assert note == "note: theirs has no entry for a data set and threat model of runs"
+
+
+def test_compare_says_what_changed_between_two_folders(bench):
+    bench(f"--attack fgsm {OWN} --out one")
+    bench(f"--attack fgsm,pgd:steps=2 {OWN} --out other")
+    same = bench("compare one one")
+    assert (same.code, same.err) == (0, "")
+    assert same.out == "0 of 3 accuracies differ\n"
+    changed = bench("compare one other --csv c.csv")
+    assert changed.code == 0
+    assert "robust, pgd:steps=2" in changed.out
+    assert "robust, fgsm" not in changed.out
+    lines = pd.read_csv("c.csv", keep_default_na=False)
+    assert lines["plugin"].tolist() == ["", "", "fgsm", "pgd:steps=2"]
+    assert lines["same_model"].all()
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
@@ -760,9 +798,10 @@ def test_help_and_version(bench):
     assert text.code == 0
     options = (
         "attack defense certify dataset threat norm eps n target plugin model weights mean std bounds probabilities "
-        "seed device batch data-dir out fresh csv matrix rows save-adversarials fail-below json quiet verbose version"
+        "seed device batch data-dir out fresh csv table matrix rows save-adversarials fail-below json quiet verbose "
+        "version"
     )
-    commands = "train certify curve leaderboard attacks defenses certifiers datasets models cache doctor"
+    commands = "train certify curve leaderboard compare attacks defenses certifiers datasets models cache doctor"
     for option in options.split():
         assert re.search(rf"--{option}\b", text.out)
     for command in commands.split():
@@ -823,6 +862,9 @@ AT_ONCE = {  # said before anything else is printed or loaded
     "train --defense standard --out no/w": "there is no folder no to write w into",
     "train --defense standard --out .": ". is a folder; name a file to write",
     "leaderboard": "Missing argument",
+    "leaderboard none --table b.xlsx": "--table writes .md, .tex, .json; b.xlsx ends in none of them",
+    f"{PGD} --table board": "--table writes .md, .tex, .json; board ends in none of them",
+    "compare none none": "there are no results in none",
     "leaderboard none": "there are no results in none",
     "leaderboard model.py": "there are no results in model.py",
     "attacks pdg": "no attack 'pdg'; did you mean pgd? There are: ",

@@ -18,6 +18,7 @@ from robustbench_lite.leaderboard import (
     certificates,
     leaderboard,
     matrix,
+    per_class,
     robust,
     rows,
     unknown,
@@ -41,6 +42,7 @@ NUMBERS = {
     "robust_accuracy": "float64",
     "robust_low": "float64",
     "robust_high": "float64",
+    "p_above": "float64",
     "unknown": "int64",
     "forwards": "float64",
     "backwards": "float64",
@@ -227,6 +229,34 @@ def test_each_threat_data_set_and_seed_is_a_block_of_its_own():
     ]
 
 
+def test_a_rank_says_by_mcnemar_whether_the_row_above_differs():
+    """best and next: 6 inputs to 0, so 2 / 2^6; next and tied: 1 to 1, so 1. Of blind attacks, or of others: none."""
+    letters = {"best": "hhhhhhhh", "next": "bbbbbbhh", "tied": "bbbbbhbh"}
+    entries = [entry(status, defense=name) for name, status in letters.items()]
+    others = [entry("hhhhhhhhh", defense="more"), entry("bbbbbbbb", defense="best", adaptive=False)]
+    board = leaderboard([*others, *entries, entry("bbbbbbbb", eps=0.2)]).set_index(["defense", "adaptive", "eps"])
+    expected = {
+        ("best", True, 0.1): np.nan,
+        ("next", True, 0.1): 2 / 2**6,
+        ("tied", True, 0.1): 1.0,
+        ("more", True, 0.1): np.nan,
+        ("best", False, 0.1): np.nan,
+        ("madry", True, 0.2): np.nan,
+    }
+    assert board["p_above"].to_dict() == pytest.approx(expected, nan_ok=True)
+    relabelled = entry(made("bbbbbbhh", label=[1] * 8), defense="next")
+    assert leaderboard([entries[0], relabelled])["p_above"].isna().all()
+
+
+def test_accuracy_by_class_counts_the_examples_of_that_label():
+    outcomes = [made(letters, label=[0, 0, 0, 2, 2]) for letters in ("hhwbh", "hbwhh")]
+    table = per_class([entry(outcome, attack=f"attack{i}") for i, outcome in enumerate(outcomes)])
+    figures = table[["class", "examples", "clean_accuracy", "robust_accuracy"]].values.tolist()
+    assert figures == [[0, 3, pytest.approx(2 / 3), pytest.approx(1 / 3)], [2, 2, 1.0, 0.5]]
+    assert table[["robust_low", "robust_high"]].values.tolist() == [[*wilson(1, 3)], [*wilson(1, 2)]]
+    assert tuple(per_class([]).columns) == tuple(table.columns)
+
+
 def test_models_of_one_name_are_not_mixed():
     board = leaderboard([entry("hbbb", "pgd", subject="weights 1"), entry("hhhb", "pgd", subject="weights 2")])
     assert board["robust_accuracy"].tolist() == [0.75, 0.25]
@@ -237,7 +267,7 @@ def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
         "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
-        " certified_low certified_high robust_accuracy robust_low robust_high worst_attack attacks"
+        " certified_low certified_high robust_accuracy robust_low robust_high p_above worst_attack attacks"
         " certifiers detection_rate false_positives threshold unknown flags forwards backwards seconds seed version"
     )
 
