@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "_files", {})
     for kind in registry.KINDS:
         registry.plugins(kind)
         monkeypatch.setitem(registry._tables, kind, dict(registry._tables[kind]))
