@@ -18,10 +18,10 @@ from ._certified import CertifiedRecipe
 class WongKolter(CertifiedRecipe):
     """The worst cross-entropy that the dual network allows (Wong & Kolter, 2018, section 3).
 
-    ``warm_start`` begins with the weights that ``ibp`` gives at the same eps. Few neurons are then left open, so that
-    exact bounds on the layers cost less than to estimate them by random ``projections`` (Wong et al., 2018, section
-    3.2; for linf): measured on ``cnn``, 2.1 s a batch of 128, and 4.9 s with 50 projections. Without it exact bounds
-    cost ten times as much. While it trains, robust accuracy is what the exact dual network proves.
+    ``warm_start`` begins with the weights that ``ibp`` gives at the same eps. Few neurons are then left open, and exact
+    bounds on the layers cost less than to estimate them by random ``projections`` (Wong et al., 2018, section 3.2; for
+    linf), which pay where training starts from nothing. While it trains, robust accuracy is what the exact dual network
+    proves.
     """
 
     epochs: int = 20

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from robustbench_lite.comparison import LEVEL, changed
 from robustbench_lite.curves import named
-from robustbench_lite.exports import number
+from robustbench_lite.exports import number, percent
 from robustbench_lite.leaderboard import wilson
 from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
@@ -91,10 +91,6 @@ class Display(Watcher):
         self.bars.update(self.cells, description=f"{plugin} on {defense}, {threat}", advance=inputs)
         if self.verbose and inputs:
             self.bars.console.print(Text(f"{plugin} on {defense}, {threat}: {inputs} inputs"), soft_wrap=True)
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
 
 
 def interval(fraction: float, examples: int) -> str:

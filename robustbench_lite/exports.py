@@ -23,7 +23,7 @@ _COLUMNS: dict[str, Callable[[Any], str]] = {
     "threat": lambda row: f"{row['norm']} {model_info.eps_text(row['eps'])}",
     "seed": lambda row: number(row["seed"], "d"),
     "n": lambda row: number(row["examples"], "d"),
-    "clean, %": lambda row: _percent(row["clean_accuracy"]),
+    "clean, %": lambda row: percent(row["clean_accuracy"]),
     "certified, %": lambda row: _interval(row, "certified"),
     "robust, %": lambda row: _interval(row, "robust"),
     "p above": lambda row: number(row["p_above"], ".2g"),
@@ -121,14 +121,15 @@ def _one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """Empty where there is none."""
     return number(100 * fraction, ".1f")
 
 
 def _interval(row: Any, kind: str) -> str:
     """An accuracy in percent, with its interval where there is one."""
-    low, high = (_percent(row[f"{kind}_{end}"]) for end in ("low", "high"))
-    return _percent(row[f"{kind}_accuracy"]) + f" [{low}, {high}]" * bool(low)
+    low, high = (percent(row[f"{kind}_{end}"]) for end in ("low", "high"))
+    return percent(row[f"{kind}_accuracy"]) + f" [{low}, {high}]" * bool(low)
 
 
 def number(value: Any, form: str) -> str:

@@ -14,7 +14,8 @@ from rich.text import Text
 from robustbench_lite import __version__, data, registry, zoo
 from robustbench_lite import models as architectures
 from robustbench_lite import suites as protocols
-from robustbench_lite.display import percent, table
+from robustbench_lite.display import table
+from robustbench_lite.exports import percent
 from robustbench_lite.norms import NORMS
 
 if TYPE_CHECKING:
