@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +17,11 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from robustbench_lite import cli, data, models, registry
+from robustbench_lite import data, models, registry
 from robustbench_lite.leaderboard import CERTIFICATES, LEADERBOARD
 from robustbench_lite.trained import save
+
+from .conftest import Ran
 
 ROOT = Path(__file__).parents[1]
 
@@ -163,53 +164,18 @@ OWN = "--dataset digits --model model.py:means --n 40"
 PGD = f"--attack pgd:steps=5 {OWN}"
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return self.err.splitlines()
-
-
 def files(folder: Path) -> dict[Path, bytes]:
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder with a model and plugins of a user's; nothing outside it is written, and no plugin stays."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    monkeypatch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
-    monkeypatch.setattr(registry, "_families", dict(registry._families))
-    monkeypatch.setattr(registry, "_files", dict(registry._files))
-    monkeypatch.setattr(registry, "_dists", dict(registry._dists))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ROBUST_BENCH_DATA", raising=False)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
+def place(place: Path) -> Path:
+    """With a model and plugins of a user's."""
     Path("model.py").write_text(MODEL)
     Path("mine.py").write_text(MINE)
     Path("trouble.py").write_text(TROUBLE)
     Path("linear.py").write_text(LINEAR)
-    yield tmp_path
-    for name in list(sys.modules):
-        if name.startswith(("_robust_bench_model_", "_robustbench_lite_file_")):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def bench(place, monkeypatch, capsys):
-    def run(line: str) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["robust-bench", *shlex.split(line)])
-        code = cli.main()
-        return Ran(code, *capsys.readouterr())
-
-    return run
+    return place
 
 
 def process(line: str, *python: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,5 @@
 """Security curves: exact where every distance is known, one run where one is enough, and files that others read."""
 
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustbench_lite import cli, registry
+from robustbench_lite import cli
 from robustbench_lite.curves import ALL, CURVES, curves, grid, plot
 from robustbench_lite.leaderboard import Entry, wilson
 from robustbench_lite.matrix import benchmark, load
@@ -24,20 +22,6 @@ from tests.nets import halfspace, many_classes, nearest
 from tests.outcomes import made
 
 SETTING: dict = {"dataset": "digits", "defense": "madry", "model": "mlp", "parameters": 10, "norm": "linf", "seed": 0}
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder; plugins of files do not stay."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    monkeypatch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
-    monkeypatch.setattr(registry, "_files", dict(registry._files))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def stored(x: Tensor, y: Tensor) -> str:
@@ -259,26 +243,20 @@ Run = Callable[[str], tuple[int, str, str]]
 
 
 @pytest.fixture
-def bench(place, monkeypatch, capsys) -> Run:
-    """Runs a command line on a model whose inputs all lie 0.05 from the boundary: exit code, output, errors."""
+def model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose inputs all lie 0.05 from the boundary."""
+    monkeypatch.setenv("COLUMNS", "120")
     half = halfspace("linf", 0.05)
     stored(half.x, half.y)
     Path("model.py").write_text(MODEL)
     Path("stops.py").write_text(STOPS)
-
-    def run(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robust-bench", *shlex.split(line)])
-        code = cli.main()
-        return code, *capsys.readouterr()
-
-    return run
 
 
 OWN = "--dataset npz:data.npz --model model.py:load"
 TEXT = "{http://www.w3.org/2000/svg}text"
 
 
-def test_the_command_writes_a_table_a_csv_and_a_figure_and_runs_nothing_twice(bench: Run):
+def test_the_command_writes_a_table_a_csv_and_a_figure_and_runs_nothing_twice(model: None, bench: Run):
     assert bench(f"--attack pgd:steps=5 --eps 0.06 --no-audit {OWN}")[0] == 0
     (first,) = Path("runs").rglob("*.npz")
     before = first.stat().st_mtime_ns
@@ -301,7 +279,7 @@ def test_the_command_writes_a_table_a_csv_and_a_figure_and_runs_nothing_twice(be
     assert ElementTree.parse("curve.svg").getroot().tag.endswith("svg")
 
 
-def test_ctrl_c_keeps_what_is_finished(bench: Run):
+def test_ctrl_c_keeps_what_is_finished(model: None, bench: Run):
     line = f"--plugin stops.py curve --attack stops --eps 0.02:0.08:0.02 {OWN}"
     assert bench(f"{line} --out peace --csv peace.csv")[0] == 0
     Path("stop").touch()
@@ -327,7 +305,7 @@ def test_ctrl_c_keeps_what_is_finished(bench: Run):
         ("", "Missing option '--eps'"),
     ],
 )
-def test_a_mistake_is_one_line(bench: Run, line: str, said: str):
+def test_a_mistake_is_one_line(model: None, bench: Run, line: str, said: str):
     code, out, err = bench(f"curve {line} {OWN} --quiet")
     assert (code, out) == (cli.USAGE, "")
     assert said in err

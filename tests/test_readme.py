@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from robustbench_lite import cli, registry
+from robustbench_lite import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(registry, "_files", {})
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-        monkeypatch.setitem(registry._tables, kind, dict(registry._tables[kind]))
+pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_there_are_blocks():

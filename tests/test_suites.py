@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustbench_lite import cli, forecast, registry, suites
+from robustbench_lite import cli, forecast, suites
 from robustbench_lite.leaderboard import LEADERBOARD
 from robustbench_lite.matrix import benchmark, load, prepare
 from tests.outcomes import made
@@ -92,35 +92,11 @@ def changed(*path: str, to: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """An empty folder with a model of a user's; plugins of files do not stay."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    monkeypatch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
-    monkeypatch.setattr(registry, "_files", dict(registry._files))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("ROBUST_BENCH_DATA", raising=False)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
+def place(place: Path) -> Path:
+    """With a model of a user's, and an attack that is stopped."""
     Path("model.py").write_text(MODEL)
     Path("trouble.py").write_text(TROUBLE)
-    yield tmp_path
-    for name in list(sys.modules):
-        if name.startswith(("_robust_bench_model_", "_robustbench_lite_file_")):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def bench(place, monkeypatch, capsys):
-    """Runs a command line: exit code, output, errors."""
-
-    def run(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["robust-bench", *shlex.split(line)])
-        code = cli.main()
-        return code, *capsys.readouterr()
-
-    return run
+    return place
 
 
 def board(path: str) -> pd.DataFrame:

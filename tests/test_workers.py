@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -77,19 +77,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of one's own, with a plugin file that is loaded."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.delenv("ROBUST_BENCH_DATA", raising=False)
     Path("plugins.py").write_text(PLUGINS)
-    tables, files = {kind: registry.plugins(kind) for kind in registry.KINDS}, dict(registry._files)
     registry.load_file(Path("plugins.py"))
-    yield tmp_path
-    registry._tables.update(tables)
-    registry._files.clear()
-    registry._files.update(files)
+    return place
 
 
 class Notes(Watcher):
