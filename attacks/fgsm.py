@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from robustbench_lite.papers import GOODFELLOW_2015
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import attack
 
@@ -16,12 +17,7 @@ class FGSM:
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2", "l1"})
-    bibtex: ClassVar[str] = """@inproceedings{goodfellow2015explaining,
-  title     = {Explaining and Harnessing Adversarial Examples},
-  author    = {Ian J. Goodfellow and Jonathon Shlens and Christian Szegedy},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2015}
-}"""
+    bibtex: ClassVar[str] = GOODFELLOW_2015
 
     def __call__(self, problem: Problem) -> Tensor:
         gradient, _ = problem.gradient(problem.x)

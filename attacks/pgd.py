@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from robustbench_lite.ascent import ascend, customary_length
+from robustbench_lite.papers import MADRY_2018
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import attack
 from robustbench_lite.threat import Goal
@@ -29,12 +30,7 @@ class PGD:
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2", "l1"})
-    bibtex: ClassVar[str] = """@inproceedings{madry2018towards,
-  title     = {Towards Deep Learning Models Resistant to Adversarial Attacks},
-  author    = {Aleksander Madry and Aleksandar Makelov and Ludwig Schmidt and Dimitris Tsipras and Adrian Vladu},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = MADRY_2018
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1:

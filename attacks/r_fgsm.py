@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from robustbench_lite.papers import TRAMER_2018
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import attack
 
@@ -22,13 +23,7 @@ class RFGSM:
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2", "l1"})
-    bibtex: ClassVar[str] = """@inproceedings{tramer2018ensemble,
-  title     = {Ensemble Adversarial Training: Attacks and Defenses},
-  author    = {Florian Tramer and Alexey Kurakin and Nicolas Papernot and Ian Goodfellow and Dan Boneh and
-               Patrick McDaniel},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = TRAMER_2018
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

@@ -12,6 +12,7 @@ from robustbench_lite.bounds import Ball, Bounds, Graph, Unbounded, differences,
 from robustbench_lite.certificate import SOUND, Certificate
 from robustbench_lite.defended import Defended
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import GOWAL_2018, WONG_2018, ZHANG_2020
 from robustbench_lite.registry import certifier
 from robustbench_lite.threat import ThreatModel
 
@@ -82,13 +83,7 @@ class IBP:
     """Interval bound propagation, layer by layer (Gowal et al., 2018, equation 6; the last layer with the margins)."""
 
     norms: ClassVar[frozenset[str]] = NORMS
-    bibtex: ClassVar[str] = """@article{gowal2018effectiveness,
-  title   = {On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models},
-  author  = {Sven Gowal and Krishnamurthy Dvijotham and Robert Stanforth and Rudy Bunel and Chongli Qin and
-             Jonathan Uesato and Relja Arandjelovic and Timothy Mann and Pushmeet Kohli},
-  journal = {arXiv preprint arXiv:1810.12715},
-  year    = {2018}
-}"""
+    bibtex: ClassVar[str] = GOWAL_2018
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         return certificate(model, x, y, threat, interval, batch=MANY)
@@ -100,13 +95,7 @@ class CrownIBP:
     """One linear relaxation of the network, between the intervals of its layers (Zhang et al., 2020, section 3.2)."""
 
     norms: ClassVar[frozenset[str]] = NORMS
-    bibtex: ClassVar[str] = """@inproceedings{zhang2020towards,
-  title     = {Towards Stable and Efficient Training of Verifiably Robust Neural Networks},
-  author    = {Huan Zhang and Hongge Chen and Chaowei Xiao and Sven Gowal and Robert Stanforth and Bo Li and
-               Duane Boning and Cho-Jui Hsieh},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2020}
-}"""
+    bibtex: ClassVar[str] = ZHANG_2020
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         return certificate(model, x, y, threat, through_intervals)
@@ -145,12 +134,7 @@ class WongKolter:
     clip: bool = True
 
     norms: ClassVar[frozenset[str]] = NORMS
-    bibtex: ClassVar[str] = """@inproceedings{wong2018provable,
-  title     = {Provable Defenses against Adversarial Examples via the Convex Outer Adversarial Polytope},
-  author    = {Eric Wong and J. Zico Kolter},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = WONG_2018
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         if not self.clip:

@@ -9,6 +9,7 @@ from torch import Tensor
 from robustbench_lite.certificate import Certificate
 from robustbench_lite.defended import Defended
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import COHEN_2019
 from robustbench_lite.registry import certifier
 from robustbench_lite.smoothed import Smoothed
 from robustbench_lite.threat import ThreatModel
@@ -29,12 +30,7 @@ class Smoothing:
 
     norms: ClassVar[frozenset[str]] = frozenset({"l2"})
     exact_radius: ClassVar[bool] = True
-    bibtex: ClassVar[str] = """@inproceedings{cohen2019certified,
-  title     = {Certified Adversarial Robustness via Randomized Smoothing},
-  author    = {Jeremy Cohen and Elan Rosenfeld and J. Zico Kolter},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2019}
-}"""
+    bibtex: ClassVar[str] = COHEN_2019
 
     def __post_init__(self) -> None:
         if self.n0 < 1 or self.n < 1:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustbench_lite.bounds import Ball, Bounds, Graph
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import ZHANG_2020
 from robustbench_lite.registry import defense
 
 from .ibp import IBP
@@ -24,13 +25,7 @@ class CrownIBP(IBP):
 
     beta: float = 0.0
 
-    bibtex: ClassVar[str] = """@inproceedings{zhang2020towards,
-  title     = {Towards Stable and Efficient Training of Verifiably Robust Neural Networks},
-  author    = {Huan Zhang and Hongge Chen and Chaowei Xiao and Sven Gowal and Robert Stanforth and Bo Li and
-               Duane Boning and Cho-Jui Hsieh},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2020}
-}"""
+    bibtex: ClassVar[str] = ZHANG_2020
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.ascent import ascend, input_gradient
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import TRAMER_2018
 from robustbench_lite.registry import defense
 from robustbench_lite.threat import Goal
 from robustbench_lite.training import AdversarialRecipe, Lab, Loss
@@ -26,13 +27,7 @@ class Ensemble(AdversarialRecipe):
     epochs: int = 12
     sources: tuple[str, ...] = ("standard@cnn", "standard@mlp")
 
-    bibtex: ClassVar[str] = """@inproceedings{tramer2018ensemble,
-  title     = {Ensemble Adversarial Training: Attacks and Defenses},
-  author    = {Florian Tram{\\`e}r and Alexey Kurakin and Nicolas Papernot and Ian Goodfellow and Dan Boneh and
-               Patrick McDaniel},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = TRAMER_2018
 
     def __post_init__(self) -> None:
         super().__post_init__()

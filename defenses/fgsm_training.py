@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.ascent import ascend, input_gradient
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import GOODFELLOW_2015
 from robustbench_lite.registry import defense
 from robustbench_lite.threat import Goal
 from robustbench_lite.training import AdversarialRecipe, Lab, Loss
@@ -24,12 +25,7 @@ class FGSMTraining(AdversarialRecipe):
 
     epochs: int = 12
 
-    bibtex: ClassVar[str] = """@inproceedings{goodfellow2015explaining,
-  title     = {Explaining and Harnessing Adversarial Examples},
-  author    = {Ian J. Goodfellow and Jonathon Shlens and Christian Szegedy},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2015}
-}"""
+    bibtex: ClassVar[str] = GOODFELLOW_2015
 
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:

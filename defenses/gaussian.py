@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from robustbench_lite.data import Images
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import l2
+from robustbench_lite.papers import COHEN_2019
 from robustbench_lite.registry import defense
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.training import Lab, Loss, Recipe
@@ -25,12 +26,7 @@ class Gaussian(Recipe):
 
     sigma: float = 0.25
 
-    bibtex: ClassVar[str] = """@inproceedings{cohen2019certified,
-  title     = {Certified Adversarial Robustness via Randomized Smoothing},
-  author    = {Jeremy Cohen and Elan Rosenfeld and J. Zico Kolter},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2019}
-}"""
+    bibtex: ClassVar[str] = COHEN_2019
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from robustbench_lite.bounds import Ball, Bounds, Graph
+from robustbench_lite.papers import GOWAL_2018
 from robustbench_lite.registry import defense
 
 from ._certified import CertifiedRecipe
@@ -24,13 +25,7 @@ class IBP(CertifiedRecipe):
     warmup: int = 28
     stretch: float = 4 / 3
 
-    bibtex: ClassVar[str] = """@article{gowal2018effectiveness,
-  title   = {On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models},
-  author  = {Sven Gowal and Krishnamurthy Dvijotham and Robert Stanforth and Rudy Bunel and Chongli Qin and
-             Jonathan Uesato and Relja Arandjelovic and Timothy Mann and Pushmeet Kohli},
-  journal = {arXiv preprint arXiv:1810.12715},
-  year    = {2018}
-}"""
+    bibtex: ClassVar[str] = GOWAL_2018
 
     def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
         return Bounds(graph, ball, slopes=None).lower(functions)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import MADRY_2018
 from robustbench_lite.registry import defense
 from robustbench_lite.threat import Goal
 from robustbench_lite.training import AdversarialRecipe, Lab, Loss
@@ -24,12 +25,7 @@ class Madry(AdversarialRecipe):
 
     steps: int = 8
 
-    bibtex: ClassVar[str] = """@inproceedings{madry2018towards,
-  title     = {Towards Deep Learning Models Resistant to Adversarial Attacks},
-  author    = {Aleksander Madry and Aleksandar Makelov and Ludwig Schmidt and Dimitris Tsipras and Adrian Vladu},
-  booktitle = {International Conference on Learning Representations},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = MADRY_2018
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import nn
 
 from robustbench_lite.defended import Defended
+from robustbench_lite.papers import COHEN_2019
 from robustbench_lite.registry import defense
 from robustbench_lite.smoothed import Smoothed
 from robustbench_lite.training import Lab
@@ -24,12 +25,7 @@ class Smoothing:
     draws: int = 16
 
     trains: ClassVar[bool] = False
-    bibtex: ClassVar[str] = """@inproceedings{cohen2019certified,
-  title     = {Certified Adversarial Robustness via Randomized Smoothing},
-  author    = {Jeremy Cohen and Elan Rosenfeld and J. Zico Kolter},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2019}
-}"""
+    bibtex: ClassVar[str] = COHEN_2019
 
     def __post_init__(self) -> None:
         if not self.sigma > 0 or self.draws < 1:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.bounds import Ball, Bounds, Graph, estimated
 from robustbench_lite.noise import Noise
+from robustbench_lite.papers import WONG_2018
 from robustbench_lite.registry import defense
 from robustbench_lite.training import Lab
 
@@ -30,12 +31,7 @@ class WongKolter(CertifiedRecipe):
     projections: int = 0  # none: exact
     warm_start: bool = True
 
-    bibtex: ClassVar[str] = """@inproceedings{wong2018provable,
-  title     = {Provable Defenses against Adversarial Examples via the Convex Outer Adversarial Polytope},
-  author    = {Eric Wong and J. Zico Kolter},
-  booktitle = {International Conference on Machine Learning},
-  year      = {2018}
-}"""
+    bibtex: ClassVar[str] = WONG_2018
 
     def __post_init__(self) -> None:
         super().__post_init__()
