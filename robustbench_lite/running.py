@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
+    from robustbench_lite.data import Images
+    from robustbench_lite.display import Display
     from robustbench_lite.matrix import Results
+    from robustbench_lite.trained import Workshop
 
 UNKNOWN, USAGE, BELOW, STOPPED = 1, 2, 3, 130  # exit codes
 
@@ -44,6 +47,16 @@ def run(errors: Console, quiet: bool, verbose: bool, inputs: options.Described, 
                 soft_wrap=True,
             )
             raise typer.Exit(STOPPED) from None
+
+
+def workshop(display: Display, dataset: str, data_dir: Path | None, **settings: Any) -> tuple[Images, Workshop]:
+    """The test images of a data set, and where models for it are made."""
+    from robustbench_lite import data
+    from robustbench_lite.trained import Workshop
+
+    images = data.load(dataset, "test", data_dir)
+    tell: dict[str, Any] = {"note": display.note, "progress": display.training}
+    return images, Workshop(dataset, images.shape, images.classes, data_dir=data_dir, **tell, **settings)
 
 
 def possible(inputs: options.Described, blocks: Iterable[Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ CORE = "robustbench_lite"
 PLUGINS = ("attacks", "defenses", "certify")
 # top to bottom: a module of the core imports only from its own line or the lines below it
 LAYERS = [
-    {"__init__", "__main__", "cli", "options", "running", "display", "listings"},
+    {"__init__", "__main__", "cli", "options", "reading", "running", "display", "listings"},
     {
         "matrix",
         "runner",
