@@ -20,6 +20,8 @@ from robustbench_lite.outcome import (
     Probed,
     Rows,
 )
+from robustbench_lite.runner import Watcher
+from robustbench_lite.threat import ThreatModel
 
 LETTERS = {"w": WRONG, "b": BROKEN, "h": HELD, "u": UNKNOWN, "s": SKIPPED}
 
@@ -104,3 +106,20 @@ def assert_same(one: Rows, other: Rows, but: Sequence[str] = ()) -> None:
 def assert_same_types(one: Rows, other: Rows) -> None:
     for name in one.columns():
         assert getattr(one, name).dtype == getattr(other, name).dtype, name
+
+
+class Notes(Watcher):
+    """Remembers what a run says, and counts its inputs."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.inputs = self.expected = 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def planned(self, inputs: int) -> None:
+        self.expected += inputs
+
+    def advanced(self, defense: str, plugin: str, threat: ThreatModel, inputs: int) -> None:
+        self.inputs += inputs

@@ -15,9 +15,9 @@ from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.norms import NORMS as NORM
 from robustbench_lite.outcome import REJECTED, Certified
-from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from tests.nets import DUAL, Linear, guarded, halfspace, many_classes, nearest
+from tests.outcomes import Notes
 
 NORMS = frozenset(DUAL)
 EPS = 0.007  # about half the inputs of a run lie within
@@ -241,14 +241,6 @@ def test_a_certifier_with_its_own_radius_is_asked_once(asked):
 
 
 # In a run
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from robustbench_lite.evaluation import evaluate
 from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import make
-from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Workshop, save
-from tests.outcomes import assert_same
+from tests.outcomes import Notes, assert_same
 
 TABLES = ("leaderboard", "matrix", "rows")
 
@@ -41,21 +40,6 @@ def weights(net: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROBUST_BENCH_DATA", raising=False)
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.inputs = self.expected = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def planned(self, inputs: int) -> None:
-        self.expected += inputs
-
-    def advanced(self, defense: str, attack: str, threat: ThreatModel, inputs: int) -> None:
-        self.inputs += inputs
 
 
 class Runs:

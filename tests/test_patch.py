@@ -23,11 +23,11 @@ from robustbench_lite.norms import patch as norm
 from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, SKIPPED, UNKNOWN, Outcome
 from robustbench_lite.problem import Problem
 from robustbench_lite.registry import make
-from robustbench_lite.runner import Watcher
 from robustbench_lite.store import Store
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.trained import Workshop, save
 from tests.nets import Linear, convolutional
+from tests.outcomes import Notes
 from tests.test_attacks import assert_same
 
 QUICK = "patch:steps=20,batch=16,images=48"
@@ -329,14 +329,6 @@ def test_what_was_learned_is_checked_and_its_chunks_stand_and_fall_with_it(weigh
     np.testing.assert_array_equal(anew.entries[0].learned, other.numpy())
     assert all(path.stat().st_mtime_ns > when for path, when in chunks.items())
     assert table(anew) != table(first)
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def test_other_training_data_is_another_cell_and_all_leaves_it_out(weights, tmp_path, monkeypatch):

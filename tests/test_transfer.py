@@ -16,10 +16,10 @@ from robustbench_lite.evaluation import evaluate
 from robustbench_lite.matrix import Results, benchmark, load
 from robustbench_lite.outcome import BROKEN, HELD, UNKNOWN
 from robustbench_lite.registry import defense, identity, make, spec
-from robustbench_lite.runner import Watcher
 from robustbench_lite.trained import Workshop, load_defense, weights_hash
 from robustbench_lite.training import Lab, Progress
 from tests.nets import Linear, Scripted, halfspace
+from tests.outcomes import Notes
 
 SOURCE = "standard:epochs=1@mlp"
 
@@ -250,21 +250,6 @@ def test_the_cache_tells_recipes_by_what_their_sources_are(shop: Shop, asking: t
 # In a matrix
 
 
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.left = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def planned(self, inputs: int) -> None:
-        self.left += inputs
-
-    def advanced(self, defense: str, plugin: str, threat: Any, inputs: int) -> None:
-        self.left -= inputs
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., tuple[Results, Notes]]:
     def run(attacks: Any, defenses: Any = None, **settings: Any) -> tuple[Results, Notes]:
@@ -289,7 +274,7 @@ def test_transfer_stands_beside_white_box_and_is_weaker(run: Any, tmp_path: Path
     assert table.loc[standard, "pgd:steps=10"] < table.loc[standard, other] < 0.8
     assert np.isnan(table.loc[standard, same])
     assert f"attack {same} is left out on {standard}, which is its source" in watcher.notes
-    assert watcher.left == 0
+    assert watcher.inputs == watcher.expected
     assert load(tmp_path / "runs").matrix().equals(results.matrix())
 
 

@@ -24,6 +24,7 @@ from robustbench_lite.outcome import CHUNK
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.runner import Watcher
 from robustbench_lite.trained import Workshop, save
+from tests.outcomes import Notes
 
 TABLES = ("leaderboard", "matrix", "rows", "certificates", "certified_rows")
 
@@ -83,21 +84,6 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("plugins.py").write_text(PLUGINS)
     registry.load_file(Path("plugins.py"))
     return place
-
-
-class Notes(Watcher):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.inputs = self.expected = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def planned(self, inputs: int) -> None:
-        self.expected += inputs
-
-    def advanced(self, defense: str, plugin: str, threat: Any, inputs: int) -> None:
-        self.inputs += inputs
 
 
 def bench(weights: Path, *attacks: Any, watcher: Watcher | None = None, **settings: Any) -> Results:
