@@ -35,9 +35,10 @@ class Lipschitz:
 }"""
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
+        slopes = pairwise(model, x)
         with torch.no_grad():
             logits = ask(model, x, len(x))
-        slopes = pairwise(model, x).to(logits)[y]
+        slopes = slopes.to(logits)[y]
         if threat.norm.name == "linf":
             slopes = slopes * math.sqrt(x[0].numel())
         gap = logits.gather(1, y.unsqueeze(1)) - logits

@@ -41,6 +41,8 @@ class Smoothing:
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         if not isinstance(model, Smoothed):
             raise ValueError("certifier smoothing covers a smoothed classifier only; write standard+smoothed")
+        if isinstance(model.model, Defended) and model.model.stochastic:
+            raise ValueError("certifier smoothing counts draws of one noise; what is smoothed here has more of its own")
         vote = model.votes(x, noise.at("smoothing", "select"), self.n0).argmax(1)
         counts = model.votes(x, noise.at("smoothing", "estimate"), self.n).gather(1, vote.unsqueeze(1))[:, 0]
         lower = lower_confidence_bound(counts, self.n, self.alpha)

@@ -75,10 +75,11 @@ class FeatureSqueezing:
         if not self.detect:
             return Squeezed(model, self.squeezers).eval()
         detector = Detector(model, self.squeezers).eval().to(lab.device)
-        every = lab.noise.at("feature-squeezing").permutation(torch.empty(1, len(lab.data)))[0]
+        noise = lab.noise.at("feature-squeezing")
+        rows = noise.permutation(torch.empty(1, len(lab.data)))[0, :IMAGES]
         with torch.no_grad():
-            clean = lab.data.x[every[:IMAGES]].split(BATCH)
-            distances = torch.cat([detector.distance(x.to(lab.device)) for x in clean])
+            pieces = [(lab.data.x[some].to(lab.device), noise.over(some)) for some in rows.split(BATCH)]
+            distances = torch.cat([detector.distance(*piece) for piece in pieces])
         detector.limit.copy_(threshold(distances, self.fpr))
         return detector
 
@@ -96,11 +97,9 @@ class Squeezed(Defended):
         self.squeezers = squeezers
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        model = self.model.differentiable if isinstance(self.model, Defended) else self.model
         for squeeze in self.squeezers:
             x = squeeze(x)
-        logits: Tensor = model(x)
-        return logits
+        return self.within(x, noise)
 
 
 class Detector(Defended):
@@ -113,19 +112,14 @@ class Detector(Defended):
         self.squeezers = squeezers
         self.register_buffer("limit", torch.tensor(0.0))
 
-    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        model = self.model.differentiable if isinstance(self.model, Defended) else self.model
-        logits: Tensor = model(x)
-        return logits
-
-    def distance(self, x: Tensor) -> Tensor:
+    def distance(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """The largest l1 distance between softmax outputs, (B,): equation 2."""
-        whole = self(x).softmax(1)
-        apart = [(whole - self(squeeze(x)).softmax(1)).abs().sum(1) for squeeze in self.squeezers]
+        whole = self(x, noise).softmax(1)
+        apart = [(whole - self(squeeze(x), noise).softmax(1)).abs().sum(1) for squeeze in self.squeezers]
         return torch.stack(apart).amax(0)
 
-    def rejection(self, x: Tensor) -> Tensor:
-        return self.distance(x) - self.limit
+    def rejection(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        return self.distance(x, noise) - self.limit
 
     @property
     def threshold(self) -> float:

@@ -15,10 +15,10 @@ from robustbench_lite.training import Lab
 @defense("smoothed")
 @dataclass(frozen=True)
 class Smoothing:
-    """Answers by what the model says under Gaussian noise (Cohen, Rosenfeld & Kolter, 2019, section 3).
+    """Answers by what the model says most often under Gaussian noise (Cohen, Rosenfeld & Kolter, 2019, section 3).
 
-    Its ``draws`` of noise of deviation ``sigma`` are fixed: attacks meet one differentiable function. The certifier
-    ``smoothing`` draws anew, and many more.
+    Noise has deviation ``sigma``; so many ``draws`` of it vote, and attacks that follow gradients average over as many.
+    The certifier ``smoothing`` takes many more.
     """
 
     sigma: float = 0.25
@@ -32,4 +32,4 @@ class Smoothing:
             raise ValueError(f"sigma must be above 0 and draws 1 or more, not {self.sigma:g} and {self.draws}")
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
-        return Smoothed(model, self.sigma, self.draws, lab.noise.seed).eval()
+        return Smoothed(model, self.sigma, self.draws).eval()

@@ -65,7 +65,7 @@ FLAGS = {
     ),
     "random": Flag(
         "The model draws anew each time: one answer does not judge it, and one gradient is noise",
-        "average over draws that are fixed, as the defense smoothed does",
+        "declare it stochastic, and draw from the noise that it is handed: attacks then average over draws",
     ),
     "noise": Flag("The attacks do no better than chance", "look for a mistake in the attacks, or in the model"),
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustbench_lite import registry
 from robustbench_lite.certificate import Certificate
-from robustbench_lite.defended import Defended, ask, device_of
+from robustbench_lite.defended import Defended, ask_finally, device_of
 from robustbench_lite.evaluation import REASON, check, frozen, predict, predicted, require_norm
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
@@ -76,7 +76,7 @@ class Court:
         """What is proved of inputs; of those that the model gets wrong nothing is asked."""
         began, count = time.perf_counter(), len(x)
         x, y = x.to(device_of(self.model)), y.to(device_of(self.model))
-        clean = predicted(self.model, predict(self.model, x, rows, count))
+        clean = predicted(self.model, predict(self.model, x, Noise(self.seed, rows), count))
         right = clean == y
         columns: dict[str, Any] = {
             "row": rows.numpy(),
@@ -132,8 +132,9 @@ class Court:
         threat, nothing = replace(self.threat, eps=eps), _Answer.nothing(x)
         if self.model.detects:
             return nothing.end(slice(None), UNSUPPORTED, "it has a detector, of which nothing is proved")
+        noise = Noise(self.seed, rows)
         try:
-            given = self.certifier(self.model, x, y, threat, Noise(self.seed, rows))
+            given = self.certifier(self.model, x, y, threat, noise)
         except ValueError as error:
             return nothing.end(slice(None), UNSUPPORTED, one_line(error, named=False))
         except Exception as error:
@@ -153,17 +154,16 @@ class Court:
             said = replace(said, status=np.where(short, UNKNOWN, said.status))
         else:
             said = replace(said, radius=np.where(said.status == VERIFIED, eps, 0.0))
-        return self._retry(said, x, y, threat)
+        return self._retry(said, x, y, threat, noise)
 
-    def _retry(self, said: "_Answer", x: Tensor, y: Tensor, threat: ThreatModel) -> "_Answer":
+    def _retry(self, said: "_Answer", x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> "_Answer":
         """A counterexample counts only if the model, asked again strictly inside the ball, agrees."""
         falsified = said.status == FALSIFIED
         if not falsified.any():
             return said
         claimed = by_row(torch.from_numpy(falsified).to(x.device), x)
         strict = threat.project_strictly(torch.where(claimed, said.points.nan_to_num(), x), x)
-        with torch.no_grad():
-            logits = ask(self.model, strict, len(x))
+        logits = ask_finally(self.model, strict, len(x), noise)
         fooled = ((logits.argmax(1) != y) & logits.isfinite().all(1)).cpu().numpy()
         said = replace(said, points=strict)
         return said.end(falsified & ~fooled, UNKNOWN, f"{ERROR}the model, asked again, denies the counterexample")

@@ -55,6 +55,14 @@ def run(
             rich_help_panel=WHAT,
         ),
     ] = "on",
+    eot: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Draws of a stochastic defense that gradients are averaged over; by default its own.",
+            rich_help_panel=WHAT,
+        ),
+    ] = None,
     plugin: options.Plugins = None,
     model: options.Model = None,
     weights: options.Weights = None,
@@ -145,7 +153,7 @@ def run(
         "device": device,
         "data_dir": data_dir,
     }
-    kept: dict[str, Any] = {"seed": seed, "target": towards, "threads": threads, "out": out, "fresh": fresh}
+    kept: dict[str, Any] = {"seed": seed, "target": towards, "eot": eot, "threads": threads, "out": out, "fresh": fresh}
     if dry_run:
         running.foretell(errors, quiet, inputs, {"": asked}, **kept)
         return

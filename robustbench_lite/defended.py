@@ -19,35 +19,45 @@ class Defended(nn.Module):
 
     A defense that is not differentiable overrides :meth:`surrogate` as well as :meth:`forward`: attacks then see the
     value of the one and the gradient of the other (BPDA; Athalye, Carlini & Wagner, 2018, section 4.1). One that can
-    refuse to answer overrides :meth:`rejection`.
+    refuse to answer overrides :meth:`rejection`. One that answers at random is ``stochastic``: it draws from ``noise``,
+    its only source of chance; attacks that follow gradients average over ``draws`` (EOT; Athalye et al., 2018, section
+    4.2), and as many vote on what the defense finally says.
     """
 
+    stochastic: bool = False
+    draws: int = 16
     least: int = ROUND  # rows below which a batch is padded, see :func:`steady`
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        if isinstance(model, Defended) and model.stochastic:
+            self.stochastic, self.draws = True, model.draws
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """Logits, (B, C)."""
-        logits: Tensor = self.model(x)
+        """Logits, (B, C); of a stochastic defense those of one draw, which only ``noise``, of B rows, decides."""
+        return self.within(x, noise)
+
+    def within(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """What the model within says, (B, C), by way of its surrogate if it has one."""
+        logits: Tensor = self.model.differentiable(x, noise) if isinstance(self.model, Defended) else self.model(x)
         return logits
 
     def surrogate(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """A differentiable stand-in; by default the defense itself."""
         return self.forward(x, noise)
 
-    def differentiable(self, x: Tensor) -> Tensor:
+    def differentiable(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """The value of :meth:`forward` with the gradient of :meth:`surrogate`."""
-        if type(self).surrogate is Defended.surrogate:
-            return self.forward(x)
-        stand_in = self.surrogate(x)
-        return straight_through(self.forward(x), stand_in)
+        value = self.forward(x, noise)
+        if type(self).surrogate is Defended.surrogate or not torch.is_grad_enabled():
+            return value
+        return straight_through(value, self.surrogate(x, noise))
 
-    def rejection(self, x: Tensor) -> Tensor | None:
+    def rejection(self, x: Tensor, noise: Noise | None = None) -> Tensor | None:
         """A detector's score, (B,), above 0 where the input is rejected, differentiable by way of a surrogate; by
         default that of the model within, if it has one."""
-        return self.model.rejection(x) if isinstance(self.model, Defended) else None
+        return self.model.rejection(x, noise) if isinstance(self.model, Defended) else None
 
     @property
     def threshold(self) -> float | None:
@@ -61,10 +71,10 @@ class Defended(nn.Module):
         """Whether there is a detector."""
         return self.threshold is not None
 
-    def answer(self, x: Tensor, differentiable: bool = False) -> Tensor:
+    def answer(self, x: Tensor, differentiable: bool = False, noise: Noise | None = None) -> Tensor:
         """Logits, (B, C); with a detector (B, C + 1), the last of "rejected": the largest logit plus the score."""
-        logits = self.differentiable(x) if differentiable else self.forward(x)
-        score = self.rejection(x)
+        logits = self.differentiable(x, noise) if differentiable else self.forward(x, noise)
+        score = self.rejection(x, noise)
         return logits if score is None else torch.cat([logits, (logits.amax(1) + score).unsqueeze(1)], 1)
 
 
@@ -85,20 +95,43 @@ def no_sources(spec: str) -> Defended:
     raise ValueError(f"nothing says which model {spec!r} is; give sources, such as robustbench_lite.load_defense")
 
 
-def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False) -> Tensor:
+def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False, noise: Noise | None = None) -> Tensor:
     """What the model answers to any number of inputs, sent in even pieces of about ``batch`` rows, padded to
-    ``model.least``: logits, or those and one of "rejected", see :meth:`Defended.answer`."""
+    ``model.least``: logits, or those and one of "rejected", see :meth:`Defended.answer`. A stochastic model draws from
+    ``noise``, of as many rows."""
     kernels = ImageGradients() if differentiable else nullcontext()
     limit = min(batch, CACHED) if x.device.type == "cpu" else batch
     even = math.ceil(len(x) / max(1, math.ceil(len(x) / limit)) / ROUND) * ROUND
-    answers = []
-    for piece in x.split(max(ROUND, min(even, limit - limit % ROUND))):
+    if model.stochastic and noise is None:
+        raise ValueError("the model answers at random; say from which noise")
+    noise = noise if model.stochastic else None
+    size, answers = max(ROUND, min(even, limit - limit % ROUND)), []
+    for start, piece in enumerate(x.split(size)):
         missing = max(0, model.least - len(piece)) if len(piece) else 0
+        drawn = noise and noise[start * size : (start + 1) * size].padded(missing)
         # A copy even where nothing is missing: a model that works in place must not change what is judged.
         padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
         with kernels:
-            answers.append(model.answer(padded, differentiable)[: len(piece)])
+            answers.append(model.answer(padded, differentiable, drawn)[: len(piece)])
     return answers[0] if len(answers) == 1 else torch.cat(answers)
+
+
+@torch.no_grad()
+def ask_finally(model: Defended, x: Tensor, batch: int, noise: Noise) -> Tensor:
+    """What counts as the model's answers, as :func:`ask` has them; of a stochastic model the share of its draws that
+    say each class, NaN where one of them says nothing.
+
+    The draws depend on the seed and the row alone, not on the path of ``noise``: the same inputs get the same answers,
+    whoever asks.
+    """
+    if not model.stochastic:
+        return ask(model, x, batch)
+    keyed, shares = Noise(noise.seed, noise.rows).at("vote"), []
+    for draw in range(model.draws):
+        answers = ask(model, x, batch, noise=keyed.at(draw))
+        votes = nn.functional.one_hot(answers.argmax(1), answers.shape[1]).to(answers)
+        shares.append(votes.where(answers.isfinite().all(1, keepdim=True), torch.nan))
+    return torch.stack(shares).mean(0)
 
 
 @contextmanager
@@ -123,14 +156,15 @@ def steady(model: Defended, x: Tensor) -> int:
     Matrix products add up in another order when they are split among threads; from how many rows on they no longer do
     depends on the layer, the library and the threads, so it is measured.
     """
-    rows = x[torch.arange(CACHED, device=x.device) % len(x)]
+    rows, noise = x[torch.arange(CACHED, device=x.device) % len(x)], Noise(0, torch.arange(CACHED))
     with torch.no_grad():
-        whole = model.answer(rows.clone())
+        whole = model.answer(rows.clone(), noise=noise)
 
         def same(size: int) -> bool:
             """Whether pieces of so many rows get the answers that they get together; what is left over is not asked."""
             pieces = rows.split(size)[: CACHED // size]
-            answers = torch.cat([model.answer(piece.clone()) for piece in pieces])
+            parts = [noise.over(part) for part in noise.rows.split(size)]
+            answers = torch.cat([model.answer(piece.clone(), noise=part) for piece, part in zip(pieces, parts)])
             return torch.equal(answers, whole[: len(answers)])
 
         for least in (ROUND, 2 * ROUND, 4 * ROUND, 8 * ROUND):

@@ -125,6 +125,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
             row["certified_accuracy"], row["examples"] if wide else None
         ),
         ROBUST: lambda row: _cell(row["robust_accuracy"], row["examples"]) + FLAGGED * bool(row["flags"]),
+        "one draw": lambda row: _draw(row),
         "p above": lambda row: number(row["p_above"], ".2g"),
         "worst attack": lambda row: row["worst_attack"],
         "detected": lambda row: _cell(row["detection_rate"], None),
@@ -137,6 +138,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     }
     hidden = set() if proved else {CERTIFIED, "proved"}
     hidden |= set() if "source" in board else {"source"}
+    hidden |= set() if board["draws"].notna().any() else {"one draw"}
     if not wide or not board["p_above"].notna().any():
         hidden |= {"p above"}
     if not wide or not board["threshold"].notna().any():
@@ -256,6 +258,13 @@ def _duration(seconds: float) -> str:
 
 def _defense(row: Any) -> str:
     return str(row["defense"] if row["adaptive"] else f"{row['defense']} (blind attacks)")
+
+
+def _draw(row: Any) -> str:
+    """Of a stochastic defense the robust accuracy of a single draw, and its deviation."""
+    if row["draw_mean"] != row["draw_mean"]:
+        return ""
+    return f"{percent(row['draw_mean'])} ± {percent(row['draw_std'])}"
 
 
 def _cell(fraction: float, examples: int | None) -> str:

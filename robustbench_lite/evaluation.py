@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, Sources, ask, device_of, no_sources, steady
+from robustbench_lite.defended import Defended, Sources, ask, ask_finally, device_of, no_sources, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, ERROR, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
@@ -40,6 +40,7 @@ def evaluate(
     first_row: int = 0,
     adaptive: bool = True,
     sources: Sources = no_sources,
+    eot: int | None = None,
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
@@ -47,7 +48,8 @@ def evaluate(
     depends on ``seed`` and on its row (``first_row`` is that of ``x[0]``), not on ``batch`` or on the other inputs.
     Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
     ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
-    crafted on.
+    crafted on. ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as the defense has
+    it).
 
     Raises:
         ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
@@ -66,7 +68,7 @@ def evaluate(
         sources = checked(sources, classes, x, y, threat)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
-        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources)
+        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot)
         check(bench.known, x, y, threat)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
@@ -140,7 +142,7 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     sample = x[:32].to(device_of(model))
     try:
         with torch.no_grad():
-            logits = ask(model, sample, 32)
+            logits = ask(model, sample, 32, noise=Noise(0, torch.arange(len(sample))))
     except Exception as error:
         raise ValueError(f"the model raises on inputs of shape {tuple(sample.shape)}: {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(sample) or logits.shape[1] < 2:
@@ -186,16 +188,22 @@ def predicted(model: Defended, answers: Tensor) -> Tensor:
     return torch.where(label == answers.shape[1] - 1, REJECTED, label) if model.detects else label
 
 
-def predict(model: Defended, x: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """The answers to clean inputs, see :meth:`Defended.answer`.
+def share_right(model: Defended, answers: Tensor, y: Tensor) -> Tensor:
+    """The share of final ``answers`` that are labels ``y``, (B,) float64; of a model that answers once, 0 or 1."""
+    if not model.stochastic:
+        return (predicted(model, answers) == y).double()
+    return answers.gather(1, y.unsqueeze(1))[:, 0].double()
+
+
+def predict(model: Defended, x: Tensor, noise: Noise, batch: int) -> Tensor:
+    """The final answers to clean inputs, see :func:`ask_finally`.
 
     Raises:
         ValueError: where they are not finite.
     """
-    with torch.no_grad():
-        logits = ask(model, x, batch)
+    logits = ask_finally(model, x, batch, noise)
     if not logits.isfinite().all():
-        row = int(rows[(~logits.isfinite().all(1)).nonzero()[0, 0].cpu()])
+        row = int(noise.rows[(~logits.isfinite().all(1)).nonzero()[0, 0].cpu()])
         raise ValueError(f"the model returns NaN or infinite logits for input {row}")
     return logits
 
@@ -214,6 +222,7 @@ class Bench:
     keep_all: bool = False
     adaptive: bool = True
     sources: Sources = no_sources
+    eot: int | None = None
 
     @property
     def known(self) -> Defended:
@@ -231,9 +240,8 @@ class Bench:
         rows = every.permutation(torch.empty(1, len(x)))[0, : attack.images]
         device = device_of(self.model)
         x, y = x[rows].to(device), y[rows].to(device)
-        with torch.no_grad():
-            goal = self._goal(ask(self.known, x, self.batch), y, rows)
         noise = Noise(self.seed, rows).at("fit")
+        goal = self._goal(ask_finally(self.known, x, self.batch, noise), y, rows)
         return attack.fit(self.problem(x, goal, self.threat, noise, attack.access, minimises=True))
 
     def problem(
@@ -251,6 +259,7 @@ class Bench:
             minimises=minimises,
             batch=self.batch,
             sources=self.sources,
+            eot=self.eot,
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
@@ -273,7 +282,7 @@ class Bench:
         began, count = time.perf_counter(), len(x)
         device = device_of(self.model)
         x, y = x.to(device), y.to(device)
-        answers = predict(self.model, x, rows, self.batch)
+        answers = predict(self.model, x, Noise(self.seed, rows), self.batch)
         clean = predicted(self.model, answers)
         goal, right = self._goal(answers, y, rows), clean == y
         skipped = right & (goal.labels == y) if goal.targeted else torch.zeros_like(right)
@@ -286,6 +295,7 @@ class Bench:
             "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
             "reason": np.full(count, "", dtype=f"U{REASON}"),
             "distance": np.full(count, np.nan),
+            "right": share_right(self.model, answers, y).cpu().numpy(),
             "forwards": np.zeros(count, np.int64),
             "backwards": np.zeros(count, np.int64),
         }
@@ -324,7 +334,8 @@ class Bench:
         """Lets the attack propose, and judges; columns of the attacked inputs, and the ``points`` that were judged."""
         minimises = getattr(attack, "minimises", False)
         threat = replace(self.threat, eps=float("inf")) if minimises else self.threat
-        problem = self.problem(x, goal, threat, Noise(self.seed, rows), attack.access, minimises)
+        noise = Noise(self.seed, rows)
+        problem = self.problem(x, goal, threat, noise, attack.access, minimises)
         candidates, failure = _propose(attack, problem, x)
         near = problem.distance.isfinite() & (problem.distance <= threat.reach(x))
         admissible = threat.allows(candidates, x)
@@ -333,16 +344,16 @@ class Bench:
         found = near.cpu().numpy()
         reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
-        label, points = torch.full_like(y, -1), x.clone()
+        label, points, right = torch.full_like(y, -1), x.clone(), torch.zeros(len(x), dtype=torch.float64)
         distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
         for proposed, valid in ((candidates, admissible), (problem.best, near)):
             strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
-            with torch.no_grad():
-                answers = ask(self.model, strict, self.batch)
+            answers = ask_finally(self.model, strict, self.batch, noise)
             size, says = threat.norm.size(strict.double() - x.double()), predicted(self.model, answers)
             better = valid & goal.met(goal.seen(answers, self.classes)) & ~(hit & (size >= distance))
             first = better | (valid & (label == -1) & answers.isfinite().all(1))
             label, distance = torch.where(first, says, label), torch.where(first, size, distance)
+            right = torch.where(first.cpu(), share_right(self.model, answers, y).cpu(), right)
             points[better], hit = strict[better], hit | better
         broken = hit.cpu().numpy()
         reason[(reason == "") & (label == -1).cpu().numpy()] = (
@@ -354,6 +365,7 @@ class Bench:
             "reason": reason,
             "adversarial": label.cpu().numpy(),
             "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
+            "right": right.numpy(),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,

@@ -15,6 +15,7 @@ from robustbench_lite.data import Images
 from robustbench_lite.defended import Defended, ask, computing, device_of
 from robustbench_lite.evaluation import Target, check, frozen
 from robustbench_lite.matrix import prepare
+from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import CHUNK, Certified, Outcome, Rows
 from robustbench_lite.planning import Assault
 from robustbench_lite.plugins import Certifier, learns
@@ -50,6 +51,7 @@ def forecast(
     out: str | Path,
     target: Target | None = None,
     fresh: bool = False,
+    eot: int | None = None,
     threads: int = 1,
     watcher: Watcher = SILENT,
     **asked: Any,
@@ -65,7 +67,7 @@ def forecast(
     """
     images, workshop, wanted = prepare(**asked, watcher=watcher)
     workshop = replace(workshop, trains=False)
-    station = Station(workshop, images, seed, target, BATCH, keep_all=False, radius=False, threads=threads)
+    station = Station(workshop, images, seed, target, BATCH, keep_all=False, radius=False, threads=threads, eot=eot)
     scout = _Scout(station, Store(Path(out), watcher.note), fresh, watcher, _linear(images))
     with computing(threads):
         for chain, assaults in wanted.assaults.items():
@@ -99,7 +101,7 @@ class Pace:
 
         def seconds(backward: bool) -> float:
             began, given = time.perf_counter(), x.clone().requires_grad_(backward)
-            answers = ask(model, given, len(x), backward)
+            answers = ask(model, given, len(x), backward, Noise(0, torch.arange(len(x))))
             (torch.autograd.grad(answers.sum(), given)[0] if backward else answers).cpu()
             return (time.perf_counter() - began) / len(x)
 
@@ -155,7 +157,9 @@ class _Scout:
             x, _, rows = self._first()
             return bench.run(attack, x, self.linear(x).argmax(1), rows)[0]
 
-        return replace(about, seconds=about.missing * pace(self._like(about, done, sample)))
+        averaged = subject.model.stochastic and attack.access == "gradients" and not done
+        draws = (self.station.eot or subject.model.draws) if averaged else 1
+        return replace(about, seconds=about.missing * draws * pace(self._like(about, done, sample)))
 
     def certify(self, subject: Subject, certifier: Certifier, threat: ThreatModel) -> Ahead:
         cell = cell_of(self.station, subject, certifier, threat, search=False)

@@ -48,6 +48,9 @@ LEADERBOARD = (
     "robust_accuracy",
     "robust_low",
     "robust_high",
+    "draws",
+    "draw_mean",
+    "draw_std",
     "p_above",
     "worst_attack",
     "attacks",
@@ -109,6 +112,7 @@ PER_CLASS = (
 
 
 _NO_DETECTOR = {"detection_rate": np.nan, "false_positives": np.nan}
+_ONE_ANSWER = {"draw_mean": np.nan, "draw_std": np.nan}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,7 @@ class Entry(Setting):
     attack: str
     outcome: Outcome
     threshold: float | None = None  # of a detector
+    draws: int | None = None  # of a stochastic defense
     learned: NDArray[np.float32] | None = None  # by the attack from training data: a patch (C, h, w)
 
     kind = "attack"
@@ -237,6 +242,17 @@ def detection(outcomes: Sequence[Outcome]) -> dict[str, float]:
     }
 
 
+def by_draw(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Of a stochastic defense the robust accuracy of a single draw: ``draw_mean``, and the deviation ``draw_std``.
+
+    An input survives a draw as often as under the attack that does best; draws of different inputs are independent, so
+    that variances add up.
+    """
+    right = np.array([np.where(o.status == UNKNOWN, 0, o.right) for o in outcomes])
+    share = np.fmin.reduce(right, initial=1)
+    return {"draw_mean": float(share.mean()), "draw_std": math.sqrt((share * (1 - share)).sum()) / len(share)}
+
+
 def grouped(entries: Iterable[Entry], proofs: Iterable[Proof] = ()) -> list[list[Entry]]:
     """The entries of each leaderboard row, cut to the inputs that all of them have; a certifier that found
     counterexamples among these is one more attack."""
@@ -274,6 +290,7 @@ def _falsifier(proof: Proof, rows: NDArray[np.int64]) -> Entry:
             status=np.array([says.get(status, HELD) for status in found.status.tolist()]),
             reason=np.full(len(found), ""),
             distance=np.full(len(found), np.nan),
+            right=np.full(len(found), np.nan),
             forwards=nothing,
             backwards=nothing,
             seconds=np.zeros(len(found)),
@@ -351,6 +368,8 @@ def leaderboard(
                 "robust_accuracy": float(held.mean()),
                 "robust_low": low,
                 "robust_high": high,
+                "draws": first.draws,
+                **(_ONE_ANSWER if first.draws is None else by_draw(outcomes)),
                 "p_above": np.nan,
                 "worst_attack": worst.attack,
                 "attacks": "; ".join(entry.attack for entry in group),
@@ -368,6 +387,7 @@ def leaderboard(
     board = pd.DataFrame(table, columns=list(LEADERBOARD))
     keys = ["dataset", "norm", "eps", "seed"]
     ranked = board[board["adaptive"].astype(bool)].groupby(keys, sort=False)["robust_accuracy"]
+    board["draws"] = board["draws"].astype("Int64")
     board["rank"] = ranked.rank("min", ascending=False).reindex(board.index).astype("Int64")
     block = board.groupby(keys, sort=False).ngroup()
     order = board.assign(block=block).sort_values(["block", "rank"], kind="stable").index

@@ -186,6 +186,7 @@ def benchmark(
     threads: int = 1,
     timeout: float | None = None,
     isolate: bool = False,
+    eot: int | None = None,
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -195,6 +196,7 @@ def benchmark(
     ``"linf:8/255"``; by default each attack runs under linf, or else its own first norm, at the data set's customary
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
     ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
+    ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it).
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
     what it says of attacks on it: see :mod:`robustbench_lite.audit`.
@@ -209,6 +211,8 @@ def benchmark(
     """
     if workers < 0 or threads < 1:
         raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if eot is not None and eot < 1:
+        raise ValueError(f"eot must be 1 or more, not {eot}")
     if timeout is not None and not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be above 0 seconds, not {timeout:g}")
     images, workshop, wanted = prepare(
@@ -228,7 +232,7 @@ def benchmark(
     )
     store = Store(Path(out), watcher.note)
     store.prepare()
-    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads)
+    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot)
     processes = max(workers, int(isolate or timeout is not None))
     with computing(threads), Claims() as claims, _executor(station, processes) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)

@@ -42,6 +42,10 @@ class Noise:
         """The same stream for other rows of the data set."""
         return Noise(self.seed, rows, self.path)
 
+    def padded(self, missing: int) -> "Noise":
+        """The same with the last row ``missing`` times more."""
+        return self.over(torch.cat([self.rows, self.rows[-1:].expand(missing)]))
+
     def __getitem__(self, mask: Tensor | slice) -> "Noise":
         return self.over(self.rows[mask.to(self.rows.device) if isinstance(mask, Tensor) else mask])
 

@@ -88,8 +88,10 @@ class Outcome(Rows):
     ``status`` is ``wrong`` (misclassified when clean, not attacked), ``broken`` (an admissible adversarial that the
     model was asked about again), ``held``, ``unknown`` (``reason`` says why; never robust, never a success) or
     ``skipped`` (its label is the target). ``adversarial`` is the model's label for the judged point, -1 where there is
-    none; ``distance`` the size of the perturbation of a point that broke the input, or was rejected. ``images``
-    (K, ...) are adversarials, of the rows ``imaged``. A label, ``clean`` or ``adversarial``, that is ``REJECTED`` is a
+    none; ``distance`` the size of the perturbation of a point that broke the input, or was rejected. ``right`` is the
+    share of answers to the judged point (to the clean one where none was judged) that were the label: 0 or 1, unless
+    the model is stochastic and answers several times; NaN where the judged point lies beyond eps. ``images`` (K, ...)
+    are adversarials, of the rows ``imaged``. A label, ``clean`` or ``adversarial``, that is ``REJECTED`` is a
     detector's.
     """
 
@@ -100,6 +102,7 @@ class Outcome(Rows):
     status: NDArray[np.str_]
     reason: NDArray[np.str_]
     distance: NDArray[np.float64]
+    right: NDArray[np.float64]
     forwards: NDArray[np.int64]
     backwards: NDArray[np.int64]
     seconds: NDArray[np.float64]
@@ -128,6 +131,7 @@ class Outcome(Rows):
             status=np.where(beyond, HELD, self.status),
             adversarial=np.where(near, self.adversarial, -1),
             distance=np.where(near, self.distance, np.nan),
+            right=np.where(beyond, np.nan, self.right),
             imaged=self.imaged[kept],
             images=self.images[kept],
         )

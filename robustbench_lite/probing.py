@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robustbench_lite.ascent import ascend, customary_length
 from robustbench_lite.defended import ask, device_of
-from robustbench_lite.evaluation import Bench, predict, predicted
+from robustbench_lite.evaluation import Bench, predicted
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import FINITE, NAN, SATURATED, ZERO, Outcome, Probed
@@ -57,11 +57,10 @@ class _Shaking(Attack):
 
 def probe(bench: Bench, x: Tensor, y: Tensor, rows: Tensor) -> Probed:
     """What inputs ``x`` (N, ...) with labels ``y`` show, attacked as ``bench`` has it (its target does not matter)."""
-    began, count = time.perf_counter(), len(x)
+    began, count, noise = time.perf_counter(), len(x), Noise(bench.seed, rows)
     here = x.to(device_of(bench.model))
-    first = predict(bench.model, here, rows, bench.batch)
     with torch.no_grad():
-        second = ask(bench.model, here, bench.batch)
+        first, second = (ask(bench.model, here, bench.batch, noise=noise.at("probe")) for _ in range(2))
     scores = first[:, : bench.classes]
     low, high = scores.amin(1), scores.amax(1)
     moved = (second - first).abs().amax(1) / (high - low).clamp_min(torch.finfo(first.dtype).tiny)

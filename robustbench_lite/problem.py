@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustbench_lite.defended import Defended, Sources, ask, no_sources
+from robustbench_lite.defended import Defended, Sources, ask, ask_finally, no_sources
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel
 
@@ -45,7 +46,10 @@ class Problem:
 
     Only inputs that are open are sent to the model, charged and remembered: nothing found within eps yet (unless the
     attack ``minimises``), not given up and budget left. The others answer NaN, and their gradient is 0.
-    Of a model with a detector an attack sees what :meth:`Goal.seen` makes of its answers.
+    Of a model with a detector an attack sees what :meth:`Goal.seen` makes of its answers. A stochastic one draws anew
+    for each query; one under access "gradients" that is differentiable is the mean probability of ``eot`` draws
+    (expectation over transformation; Athalye et al., 2018, section 4.2), each charged. What a query hits there counts
+    only if the vote agrees, see :func:`ask_finally`, which is charged to nobody.
     """
 
     def __init__(
@@ -62,11 +66,14 @@ class Problem:
         minimises: bool = False,
         batch: int = 256,
         sources: Sources = no_sources,
+        eot: int | None = None,
     ) -> None:
         self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
         self.classes, self._access, self._budget, self._minimises = classes, access, budget, minimises
         self._model, self._batch, self._sources = model, batch, sources
+        self._eot = (eot or model.draws) if model.stochastic else 1
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
+        self._noise = noise
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
 
     def __len__(self) -> int:
@@ -78,6 +85,7 @@ class Problem:
         part.__dict__.update(self.__dict__)
         part.x, part.goal, part.noise = self.x[mask], self.goal[mask], self.noise[mask]
         part._clean, part._goal, part._rows = self._clean[mask], self._goal[mask], self._rows[mask]
+        part._noise = self._noise[mask]
         return part
 
     def unclosed(self) -> Problem:
@@ -109,7 +117,8 @@ class Problem:
         if not self._minimises:
             is_open = is_open & (self._ledger.distance[self._rows] > self._threat.reach(self._clean))
         if self._budget.forwards is not None:
-            is_open = is_open & (self._ledger.forwards[self._rows] < self._budget.forwards)
+            cost = self._eot if self._access == "gradients" else 1
+            is_open = is_open & (self._ledger.forwards[self._rows] + cost <= self._budget.forwards)
         return is_open
 
     @property
@@ -172,19 +181,23 @@ class Problem:
         candidates = x.unsqueeze(1) if alone else x
         if candidates.shape != (len(self), candidates.shape[1], *self._clean.shape[1:]):
             raise ValueError(f"asked about inputs of shape {tuple(x.shape)} in a batch of {tuple(self._clean.shape)}")
-        sent = self._sendable(candidates.shape[1])
+        draws = self._eot if differentiable else 1
+        sent = self._sendable(candidates.shape[1], draws)
         everything = bool(sent.all())
         flat = candidates.flatten(0, 1) if everything else candidates[sent]
         owners = sent.nonzero()[:, 0]
-        self._ledger.forwards[self._rows] += sent.sum(1)
+        noise = self._fresh(sent, draws) if self._model.stochastic else None
+        self._ledger.forwards[self._rows] += draws * sent.sum(1)
         if not len(flat):
             answers = flat.flatten(1)[:, :1].expand(0, self.classes)  # still on the graph of x
         elif differentiable:
-            counted = _Counted.apply(flat, self._ledger.backwards, self._rows[owners])
-            answers = self._seen(ask(self._model, counted, self._batch, differentiable=True), owners)
+            each = flat if draws == 1 else flat.repeat_interleave(draws, 0)
+            counted = _Counted.apply(each, self._ledger.backwards, self._rows[owners].repeat_interleave(draws))
+            answers = _mean(ask(self._model, counted, self._batch, differentiable=True, noise=noise), draws)
+            answers = self._seen(answers, owners)
         else:
             with torch.no_grad():
-                answers = self._seen(ask(self._model, flat, self._batch), owners)
+                answers = self._seen(ask(self._model, flat, self._batch, noise=noise), owners)
         self._remember(flat.detach(), answers.detach(), owners)
         if not everything:
             answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_put((sent.flatten(),), answers)
@@ -194,12 +207,21 @@ class Problem:
         """The logits that an attack sees, (N, C), of inputs that belong to ``owners``."""
         return Goal(self._goal.labels[owners], self._goal.targeted).seen(answers, self.classes)
 
-    def _sendable(self, count: int) -> Tensor:
+    def _fresh(self, sent: Tensor, draws: int) -> Noise:
+        """A stream of its own for each draw of each candidate that is ``sent``: keyed by the input and by how many
+        queries it has cost, not by who else is asked about."""
+        number = self._ledger.forwards[self._rows].unsqueeze(1) + draws * (sent.cumsum(1) - 1)
+        number = (number[sent].unsqueeze(1) + torch.arange(draws, device=sent.device)).flatten().cpu()
+        owners = sent.nonzero()[:, 0].repeat_interleave(draws)
+        rows = self._noise[owners].rows
+        return Noise(self._noise.seed, rows + (number << 32)).at("query")
+
+    def _sendable(self, count: int, draws: int) -> Tensor:
         """Which of ``count`` candidates an input are sent: (B, count) bool."""
         sent = self.open.unsqueeze(1).expand(-1, count)
         if self._budget.forwards is not None:
             left = self._budget.forwards - self._ledger.forwards[self._rows]
-            sent = sent & (torch.arange(count, device=left.device) < left.unsqueeze(1))
+            sent = sent & (draws * torch.arange(1, count + 1, device=left.device) <= left.unsqueeze(1))
         return sent
 
     def _remember(self, x: Tensor, logits: Tensor, owners: Tensor) -> None:
@@ -212,6 +234,10 @@ class Problem:
         nearer = (distance < unset[owners]).nonzero()[:, 0]
         nearer = nearer[self._threat.inside(x[hits[nearer]], slack=1e-5)]
         hits, owners, distance = hits[nearer], owners[nearer], distance[nearer]
+        if self._model.stochastic and len(hits):
+            answers = ask_finally(self._model, x[hits], self._batch, self._noise[owners])
+            agreed = Goal(self._goal.labels[owners], self._goal.targeted).met(self._seen(answers, owners))
+            hits, owners, distance = hits[agreed], owners[agreed], distance[agreed]
         if not len(hits):
             return
         nearest = unset.scatter_reduce(0, owners, distance, "amin")
@@ -220,6 +246,14 @@ class Problem:
         chosen = order[order < len(hits)]
         rows = self._rows[owners[chosen]]
         self._ledger.best[rows], self._ledger.distance[rows] = x[hits[chosen]], distance[chosen]
+
+
+def _mean(answers: Tensor, draws: int) -> Tensor:
+    """Logits of the mean probabilities of ``draws`` answers an input, (N, C)."""
+    if draws == 1:
+        return answers
+    probabilities = answers.view(-1, draws, answers.shape[1]).log_softmax(2)
+    return probabilities.logsumexp(1) - math.log(draws)
 
 
 class _Counted(torch.autograd.Function):

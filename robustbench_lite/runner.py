@@ -285,6 +285,8 @@ def cell_of(
         "eps": None if getattr(plugin, "minimises", False) else threat.eps,
         **({"target": station.target} if search is None else {"search": search}),
     }
+    if subject.model.stochastic and getattr(plugin, "access", None) == "gradients":
+        identity["eot"] = station.eot or subject.model.draws
     if search is None and learns(cast(Attack, plugin)):
         identity["training"] = station.workshop.training.fingerprint
     if search is None and crafted(cast(Attack, plugin)):
@@ -318,6 +320,7 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
         "model": subject.architecture,
         "parameters": subject.parameters,
         "threshold": subject.model.threshold,
+        "draws": subject.model.draws if subject.model.stochastic else None,
         "eps": threat.eps,
         "version": __version__,
         "torch": torch.__version__,
@@ -328,12 +331,14 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
 def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
     about = cell.about
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
-    target = cell.identity["target"]
+    target, eot = cell.identity["target"], cell.identity.get("eot")
+    of_draws = "" if eot in (None, about["draws"]) else f" (eot {eot})"
     return leaderboard.Entry(
         **_setting(cell, threat.eps),
-        attack=about["attack"] if target is None else f"{about['attack']} to {target}",
+        attack=f"{about['attack']}{'' if target is None else f' to {target}'}{of_draws}",
         adaptive=cell.identity.get("adaptive", True),
-        threshold=about.get("threshold"),
+        threshold=about["threshold"],
+        draws=about["draws"],
         outcome=outcome if cell.identity["eps"] is not None else outcome.within(limit),
     )
 

@@ -1,7 +1,5 @@
 """A classifier smoothed by Gaussian noise: what it most often says near an input."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,28 +12,22 @@ TOGETHER = 2**22  # numbers in a batch of noisy inputs, so that memory stays nea
 
 
 class Smoothed(Defended):
-    """The mean softmax output under Gaussian noise of deviation ``sigma`` (Salman et al., 2019, equation 2), as logits.
+    """Says what the model says of an input under Gaussian noise of deviation ``sigma``, anew each time.
 
-    The ``draws`` are fixed by ``seed``, the same for every input and every query. The defense is then one plain
-    function: the same answer whatever the batch, differentiable (its gradient is EOT over the very draws that judge),
-    and asking it again wins an attack nothing, which it would were fresh noise drawn each time.
-
-    It estimates the classifier that :meth:`votes` counts and the certifier ``smoothing`` proves things of: that one has
-    infinitely many draws, and hard votes. An attack may break the estimate where that one holds; more draws close the
-    gap.
+    ``draws`` of it vote, and an attack that averages over as many follows the gradient of the mean softmax output
+    (Salman et al., 2019, equation 2). The certifier ``smoothing`` proves things of the vote of infinitely many, which
+    :meth:`votes` estimates: an attack may win a vote of few where that one holds.
     """
 
-    def __init__(self, model: nn.Module, sigma: float = 0.25, draws: int = 16, seed: int = 0) -> None:
+    stochastic = True
+
+    def __init__(self, model: nn.Module, sigma: float = 0.25, draws: int = 16) -> None:
         super().__init__(model)
-        self.sigma, self.draws, self.seed = sigma, draws, seed
+        self.sigma, self.draws = sigma, draws
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """Logs of the mean probabilities, (B, C); the draws are its own, whatever ``noise``."""
-        model = self.model.differentiable if isinstance(self.model, Defended) else self.model
-        fixed = Noise(self.seed, torch.arange(self.draws)).at("smoothed")
-        ways = fixed.normal(x[:1].detach().expand(self.draws, *x.shape[1:]))
-        answers = torch.stack([F.log_softmax(model(x + self.sigma * way), 1) for way in ways])
-        return answers.logsumexp(0) - math.log(self.draws)
+        assert noise is not None
+        return self.within(x + self.sigma * noise.at("smoothed").normal(x), noise)
 
     @torch.no_grad()
     def votes(self, x: Tensor, noise: Noise, draws: int) -> Tensor:

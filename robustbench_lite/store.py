@@ -19,7 +19,7 @@ from robustbench_lite.outcome import Certified, Outcome, Probed
 
 Chunk = Outcome | Certified | Probed
 
-SCHEMA = 3
+SCHEMA = 4
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 

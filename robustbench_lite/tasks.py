@@ -62,6 +62,7 @@ class Station:
     keep_all: bool
     radius: bool
     threads: int
+    eot: int | None = None
     kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, task: Task) -> Callable[[], Chunk]:
@@ -107,7 +108,7 @@ class Station:
             classes = self._check(subject.model, threat)
             sources = checked(lambda spec: self.source(spec, plugin.name).model, classes, x, y, threat)
             settings = self.seed, self.target, self.batch, self.keep_all, adaptive
-            bench = Bench(subject.model, threat, classes, *settings, sources)
+            bench = Bench(subject.model, threat, classes, *settings, sources, self.eot)
             if not adaptive:
                 self._check(bench.known, threat)
         return bench

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.defended import Defended
+from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS
 from robustbench_lite.problem import Access, Problem
 
@@ -146,7 +147,7 @@ class Guarded(Defended):
         super().__init__(model)
         self.way, self.level = nn.Parameter(way), level
 
-    def rejection(self, x: Tensor) -> Tensor:
+    def rejection(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         return x.flatten(1) @ self.way - self.level
 
 

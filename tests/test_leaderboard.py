@@ -267,8 +267,9 @@ def test_the_columns_are_those_that_are_promised():
     assert tuple(leaderboard([entry("hb")]).columns) == LEADERBOARD
     assert " ".join(LEADERBOARD) == (
         "rank dataset defense model parameters norm eps adaptive examples clean_accuracy certified_accuracy"
-        " certified_low certified_high robust_accuracy robust_low robust_high p_above worst_attack attacks"
-        " certifiers detection_rate false_positives threshold unknown flags forwards backwards seconds seed version"
+        " certified_low certified_high robust_accuracy robust_low robust_high draws draw_mean draw_std p_above"
+        " worst_attack attacks certifiers detection_rate false_positives threshold unknown flags forwards backwards"
+        " seconds seed version"
     )
 
 

@@ -116,6 +116,8 @@ def trace(model: nn.Module, shape: Shape) -> Graph:
     Raises:
         Unbounded: names the layer that cannot be bounded, or says that the graph computes something else.
     """
+    if any(getattr(module, "stochastic", False) for module in model.modules()):
+        raise Unbounded("the network answers at random, and bounds are on one function")
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     with ExitStack() as stack:
         recorder = _Recorder(_probe(like, ROWS, shape), stack, model)
