@@ -42,6 +42,10 @@ FLAGS = {
         "Who sees gradients should be the stronger: gradients are masked",
         "attack through a surrogate (BPDA), and run every attack without gradients that there is",
     ),
+    "adaptive": Flag(
+        "Who knows the defense should be the stronger: what attacks see of it leads them astray",
+        "mend the surrogate, average over more draws (--eot), or count what blind attacks break as well",
+    ),
     "effort": Flag("The attack has not converged", "raise steps, restarts or queries until the answer stays"),
     "eps": Flag(
         "What breaks at a small eps breaks at a large one: the attacks get stuck there",
@@ -172,12 +176,18 @@ def _alike(ones: Iterable[One], key: Callable[[One], Any]) -> list[list[One]]:
 
 def _target(entry: Entry) -> str:
     """Towards what class it goes; to reach one takes more than to leave another."""
-    return entry.attack.partition(" to ")[2]
+    return _parted(entry)[1]
+
+
+def _parted(entry: Entry) -> tuple[str, str]:
+    """An attack's spec and its target, without over how many draws it averages."""
+    spec, _, target = entry.attack.partition(" (eot ")[0].partition(" to ")
+    return spec, target
 
 
 def _method(entry: Entry) -> tuple[Any, ...]:
     """An attack but for its whole numbers: steps, restarts, queries."""
-    name, settings = specs.parse(entry.attack.partition(" to ")[0])
+    name, settings = specs.parse(_parted(entry)[0])
     return name, *sorted((name, value) for name, value in settings.items() if not value.isdigit())
 
 
@@ -205,16 +215,27 @@ def _upset(flag: str, row: Entry, weak: str, strong: str, duel: _Duel) -> Iterat
         yield Finding(flag, row, compared, (one, other))
 
 
-def _across(groups: Iterable[list[Entry]]) -> Iterator[Finding]:
-    """Of one model at several eps: what the same attacks break at a smaller one, they should break at a larger."""
+def _across(groups: Sequence[list[Entry]]) -> Iterator[Finding]:
+    """Of one model at several eps: what the same attacks break at a smaller one, they should break at a larger; and
+    what they break blindly, they should break once they know the defense."""
     for same in _alike(groups, lambda group: (*group[0].place, group[0].seed, group[0].adaptive)):
-        for pair in combinations(sorted(same, key=lambda group: group[0].eps), 2):
-            shared = sorted(set.intersection(*({entry.attack for entry in group} for group in pair)))
-            rows = np.intersect1d(pair[0][0].outcome.row, pair[1][0].outcome.row)
-            if shared and len(rows):
-                small, large = ([one.outcome.select(rows) for one in group if one.attack in shared] for group in pair)
-                weak, strong = (f"{', '.join(shared)} at eps {group[0].eps:g}" for group in pair)
-                yield from _upset("eps", pair[1][0], weak, strong, _duel(small, large))
+        for small, large in combinations(sorted(same, key=lambda group: group[0].eps), 2):
+            ways = f"at eps {small[0].eps:g}", f"at eps {large[0].eps:g}"
+            yield from _outgrown("eps", small, large, ways)
+    for same in _alike(groups, lambda group: group[0].row):
+        if len(same) == 2:
+            blind, adaptive = sorted(same, key=lambda group: group[0].adaptive)
+            yield from _outgrown("adaptive", blind, adaptive, ("blindly", "adaptively"))
+
+
+def _outgrown(flag: str, weak: list[Entry], strong: list[Entry], ways: tuple[str, str]) -> Iterator[Finding]:
+    """Where the attacks that two leaderboard rows share do less in the one where they should do more."""
+    shared = sorted({entry.attack for entry in weak} & {entry.attack for entry in strong})
+    rows = np.intersect1d(weak[0].outcome.row, strong[0].outcome.row)
+    if shared and len(rows):
+        sides = ([one.outcome.select(rows) for one in group if one.attack in shared] for group in (weak, strong))
+        less, more = (f"{', '.join(shared)} {way}" for way in ways)
+        yield from _upset(flag, strong[0], less, more, _duel(*sides))
 
 
 def _probed(row: Entry, probed: Probed, classes: int) -> Iterator[Finding]:

@@ -51,6 +51,7 @@ WEAKER: dict[str, Callable[[range], Entry]] = {
     "black-box": lambda broken: entry("weak", broken, backwards=0),
     "effort": lambda broken: entry("strong:steps=400", broken, backwards=400),
     "eps": lambda broken: entry("strong", broken, eps=0.05),
+    "adaptive": lambda broken: replace(entry("strong", broken), adaptive=False),
 }
 
 
@@ -105,6 +106,13 @@ def test_another_loss_is_no_more_effort_and_of_three_sizes_the_last_two_count():
     rising = [entry(f"pgd:steps={n}", range(k), backwards=n) for n, k in ((10, 20), (40, 50), (400, 52))]
     assert flagged(*rising) == {}
     assert flagged(*rising[:2]) == {"effort": (30, 0)}
+    draws = [entry(f"pgd:steps={n} to 3 (eot {n})", range(k), backwards=n) for n, k in ((10, 20), (400, 50))]
+    assert flagged(*draws) == {"effort": (30, 0)}
+
+
+def test_attacks_that_one_side_has_alone_say_nothing_of_knowing_the_defense():
+    blind = replace(entry("other", range(60)), adaptive=False)
+    assert flagged(entry("strong", range(30)), blind) == {}
 
 
 # Of a probe
