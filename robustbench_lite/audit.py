@@ -180,8 +180,8 @@ def _target(entry: Entry) -> str:
 
 
 def _parted(entry: Entry) -> tuple[str, str]:
-    """An attack's spec and its target, without over how many draws it averages."""
-    spec, _, target = entry.attack.partition(" (eot ")[0].partition(" to ")
+    """An attack's spec and its target, without in what way its queries were answered."""
+    spec, _, target = entry.attack.partition(" (")[0].partition(" to ")
     return spec, target
 
 

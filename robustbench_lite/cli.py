@@ -72,6 +72,12 @@ def run(
     probabilities: options.Probabilities = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What attacks compute in: float32, or bf16, faster and weaker; judged in float32.", rich_help_panel=HOW
+        ),
+    ] = "float32",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
     workers: options.Workers = 0,
     threads: options.Threads = 1,
@@ -153,7 +159,15 @@ def run(
         "device": device,
         "data_dir": data_dir,
     }
-    kept: dict[str, Any] = {"seed": seed, "target": towards, "eot": eot, "threads": threads, "out": out, "fresh": fresh}
+    kept: dict[str, Any] = {
+        "seed": seed,
+        "target": towards,
+        "eot": eot,
+        "precision": options.precision(precision),
+        "threads": threads,
+        "out": out,
+        "fresh": fresh,
+    }
     if dry_run:
         running.foretell(errors, quiet, inputs, {"": asked}, **kept)
         return

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,7 @@ def straight_through(value: Tensor, stand_in: Tensor) -> Tensor:
     return value.detach() + (stand_in - stand_in.detach())
 
 
+Precision = Literal["float32", "bf16"]
 Sources = Callable[[str], Defended]  # a defended model by its spec, as madry:eps=0.3@mlp
 
 
@@ -95,11 +97,18 @@ def no_sources(spec: str) -> Defended:
     raise ValueError(f"nothing says which model {spec!r} is; give sources, such as robustbench_lite.load_defense")
 
 
-def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False, noise: Noise | None = None) -> Tensor:
+def ask(
+    model: Defended,
+    x: Tensor,
+    batch: int,
+    differentiable: bool = False,
+    noise: Noise | None = None,
+    precision: Precision = "float32",
+) -> Tensor:
     """What the model answers to any number of inputs, sent in even pieces of about ``batch`` rows, padded to
     ``model.least``: logits, or those and one of "rejected", see :meth:`Defended.answer`. A stochastic model draws from
     ``noise``, of as many rows."""
-    kernels = ImageGradients() if differentiable else nullcontext()
+    kernels = ImageGradients() if differentiable and precision == "float32" else nullcontext()
     limit = min(batch, CACHED) if x.device.type == "cpu" else batch
     even = math.ceil(len(x) / max(1, math.ceil(len(x) / limit)) / ROUND) * ROUND
     if model.stochastic and noise is None:
@@ -111,8 +120,9 @@ def ask(model: Defended, x: Tensor, batch: int, differentiable: bool = False, no
         drawn = noise and noise[start * size : (start + 1) * size].padded(missing)
         # A copy even where nothing is missing: a model that works in place must not change what is judged.
         padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
-        with kernels:
-            answers.append(model.answer(padded, differentiable, drawn)[: len(piece)])
+        with kernels, computing_in(precision, x.device):
+            answer = model.answer(padded, differentiable, drawn)[: len(piece)]
+        answers.append(answer.to(x.dtype) if precision == "bf16" else answer)
     return answers[0] if len(answers) == 1 else torch.cat(answers)
 
 
@@ -134,6 +144,11 @@ def ask_finally(model: Defended, x: Tensor, batch: int, noise: Noise) -> Tensor:
     return torch.stack(shares).mean(0)
 
 
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Computes layers in that precision, where they are made for it."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 @contextmanager
 def computing(threads: int) -> Iterator[None]:
     """Computes with so many threads of the CPU: other numbers add up in another order, and give other last bits."""
@@ -150,14 +165,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def steady(model: Defended, x: Tensor) -> int:
+def steady(model: Defended, x: Tensor, precision: Precision = "float32") -> int:
     """The fewest rows from which on the model's answers to ``x`` have the same bits whatever the batch.
 
     Matrix products add up in another order when they are split among threads; from how many rows on they no longer do
     depends on the layer, the library and the threads, so it is measured.
     """
     rows, noise = x[torch.arange(CACHED, device=x.device) % len(x)], Noise(0, torch.arange(CACHED))
-    with torch.no_grad():
+    with torch.no_grad(), computing_in(precision, x.device):
         whole = model.answer(rows.clone(), noise=noise)
 
         def same(size: int) -> bool:

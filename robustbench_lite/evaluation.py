@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, Sources, ask, ask_finally, device_of, no_sources, steady
+from robustbench_lite.defended import Defended, Precision, Sources, ask, ask_finally, device_of, no_sources, steady
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import BROKEN, CHUNK, ERROR, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
@@ -41,6 +41,7 @@ def evaluate(
     adaptive: bool = True,
     sources: Sources = no_sources,
     eot: int | None = None,
+    precision: Precision = "float32",
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
@@ -49,7 +50,7 @@ def evaluate(
     Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
     ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
     crafted on. ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as the defense has
-    it).
+    it). ``precision`` is what the attack's queries are computed in; what counts is always computed in float32.
 
     Raises:
         ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
@@ -64,12 +65,12 @@ def evaluate(
     if not adaptive and not isinstance(defended.model, Defended):
         raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
-        classes = check(defended, x, y, threat)
-        sources = checked(sources, classes, x, y, threat)
+        classes = check(defended, x, y, threat, precision)
+        sources = checked(sources, classes, x, y, threat, precision)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
-        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot)
-        check(bench.known, x, y, threat)
+        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot, precision)
+        check(bench.known, x, y, threat, precision)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -123,7 +124,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
+def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, precision: Precision = "float32") -> int:
     """How many classes the model knows, after a look at its answers to the first inputs; sets its ``least`` rows.
 
     Raises:
@@ -156,11 +157,13 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
         raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
     if int(y.max()) >= logits.shape[1]:
         raise ValueError(f"labels out of range: {int(y.max())}, but the model knows {logits.shape[1]} classes")
-    model.least = steady(model, sample)
+    model.least = max(steady(model, sample, one) for one in dict.fromkeys(("float32", precision)))
     return logits.shape[1]
 
 
-def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: ThreatModel) -> Sources:
+def checked(
+    sources: Sources, classes: int, x: Tensor, y: Tensor, threat: ThreatModel, precision: Precision = "float32"
+) -> Sources:
     """The same sources, each made once, looked at as the attacked model is, and in eval mode.
 
     Raises:
@@ -172,7 +175,7 @@ def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: Threat
         model: nn.Module = sources(spec)
         defended = (model if isinstance(model, Defended) else Defended(model)).eval()
         try:
-            known = check(defended, x, y, threat)
+            known = check(defended, x, y, threat, precision)
         except ValueError as error:
             raise ValueError(f"source {spec}: {error}") from error
         if known != classes:
@@ -223,6 +226,7 @@ class Bench:
     adaptive: bool = True
     sources: Sources = no_sources
     eot: int | None = None
+    precision: Precision = "float32"
 
     @property
     def known(self) -> Defended:
@@ -260,6 +264,7 @@ class Bench:
             batch=self.batch,
             sources=self.sources,
             eot=self.eot,
+            precision=self.precision,
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:

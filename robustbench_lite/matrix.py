@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 
 from robustbench_lite import audit, comparison, curves, data, exports, leaderboard
 from robustbench_lite.claims import Claims
-from robustbench_lite.defended import computing
+from robustbench_lite.defended import Precision, computing
 from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
@@ -187,6 +187,7 @@ def benchmark(
     timeout: float | None = None,
     isolate: bool = False,
     eot: int | None = None,
+    precision: Precision = "float32",
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -196,7 +197,8 @@ def benchmark(
     ``"linf:8/255"``; by default each attack runs under linf, or else its own first norm, at the data set's customary
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
     ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
-    ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it).
+    ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it). ``precision`` is
+    what attacks' queries are computed in, ``"float32"`` or ``"bf16"``; what counts is computed in float32.
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
     what it says of attacks on it: see :mod:`robustbench_lite.audit`.
@@ -211,6 +213,8 @@ def benchmark(
     """
     if workers < 0 or threads < 1:
         raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {' or '.join(get_args(Precision))}, not {precision!r}")
     if eot is not None and eot < 1:
         raise ValueError(f"eot must be 1 or more, not {eot}")
     if timeout is not None and not 0 < timeout < float("inf"):
@@ -232,7 +236,7 @@ def benchmark(
     )
     store = Store(Path(out), watcher.note)
     store.prepare()
-    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot)
+    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision)
     processes = max(workers, int(isolate or timeout is not None))
     with computing(threads), Claims() as claims, _executor(station, processes) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)

@@ -283,7 +283,7 @@ def cell_of(
         **_identity(station, subject, threat, adaptive),
         kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
         "eps": None if getattr(plugin, "minimises", False) else threat.eps,
-        **({"target": station.target} if search is None else {"search": search}),
+        **({"target": station.target, "precision": station.precision} if search is None else {"search": search}),
     }
     if subject.model.stochastic and getattr(plugin, "access", None) == "gradients":
         identity["eot"] = station.eot or subject.model.draws
@@ -331,11 +331,12 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
 def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
     about = cell.about
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
-    target, eot = cell.identity["target"], cell.identity.get("eot")
-    of_draws = "" if eot in (None, about["draws"]) else f" (eot {eot})"
+    target, eot, precision = (cell.identity.get(name) for name in ("target", "eot", "precision"))
+    ways = [f" to {target}"] * (target is not None) + [f" (eot {eot})"] * (eot not in (None, about["draws"]))
+    ways += [f" ({precision})"] * (precision != "float32")
     return leaderboard.Entry(
         **_setting(cell, threat.eps),
-        attack=f"{about['attack']}{'' if target is None else f' to {target}'}{of_draws}",
+        attack="".join([about["attack"], *ways]),
         adaptive=cell.identity.get("adaptive", True),
         threshold=about["threshold"],
         draws=about["draws"],

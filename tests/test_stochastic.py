@@ -17,6 +17,7 @@ from robustbench_lite.defended import Defended, ask, ask_finally
 from robustbench_lite.evaluation import Bench, check, evaluate
 from robustbench_lite.leaderboard import Entry, Probe, by_draw
 from robustbench_lite.matrix import benchmark, load
+from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
 from robustbench_lite.probing import probe
 from robustbench_lite.problem import Budget, Problem
@@ -194,9 +195,9 @@ SETTINGS = {
     "attacks": ["pgd:steps=3", "square:queries=20"],
     "defenses": "smoothed:sigma=0.1,draws=5",
     "dataset": "digits",
-    "threats": ["linf:0.1"],
+    "threats": ["linf:0.01"],
     "n": 150,
-    "model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+    "model": build("mlp", (1, 8, 8), 10),
 }
 
 
