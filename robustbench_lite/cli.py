@@ -80,6 +80,7 @@ def run(
     ] = "float32",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -180,6 +181,7 @@ def run(
         **kept,
         batch=size,
         workers=workers,
+        ray=ray,
         timeout=timeout,
         isolate=isolate,
         probe=audit,
@@ -222,6 +224,7 @@ def curve(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -267,6 +270,7 @@ def curve(
         device=device,
         data_dir=data_dir,
         workers=workers,
+        ray=ray,
         threads=threads,
         timeout=timeout,
         isolate=isolate,
@@ -308,6 +312,7 @@ def certify(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -350,6 +355,7 @@ def certify(
         device=device,
         data_dir=data_dir,
         workers=workers,
+        ray=ray,
         threads=threads,
         timeout=timeout,
         isolate=isolate,
@@ -384,6 +390,7 @@ def run_suite(
     probabilities: options.Probabilities = False,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -421,7 +428,7 @@ def run_suite(
     if dry_run:
         running.foretell(errors, quiet, described, blocks, **kept)
         return
-    how: dict[str, Any] = {"workers": workers, "timeout": timeout, "isolate": isolate}
+    how: dict[str, Any] = {"workers": workers, "ray": ray, "timeout": timeout, "isolate": isolate}
     found = {}
     for name, asked in blocks.items():
         running.stdout().print(f"{protocol}, block {name}", style="bold", soft_wrap=True)

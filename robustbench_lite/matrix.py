@@ -17,13 +17,14 @@ from torch import nn
 
 from robustbench_lite import audit, comparison, curves, data, exports, leaderboard
 from robustbench_lite.claims import Claims
+from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
 from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
-from robustbench_lite.pool import Pool
+from robustbench_lite.pool import Crew, Pool
 from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
 from robustbench_lite.store import Chunk, Store
 from robustbench_lite.tasks import Executor, Here, Station, Task
@@ -186,6 +187,7 @@ def benchmark(
     threads: int = 1,
     timeout: float | None = None,
     isolate: bool = False,
+    ray: str | None = None,
     eot: int | None = None,
     precision: Precision = "float32",
     watcher: Watcher = SILENT,
@@ -206,7 +208,8 @@ def benchmark(
     ``workers`` processes share the work, chunk by chunk; 0 computes it in this one. Each process computes with as many
     ``threads``, whose number may change last bits, while that of workers changes nothing. A chunk may take ``timeout``
     seconds, or else ends unknown and is tried again in the next run; ``isolate`` gives each cell a process of its own.
-    Either means at least one worker.
+    Either means at least one worker. With ``ray``, the address of a Ray cluster (``"local"``: one on this machine),
+    workers are its actors, as many as there is room for unless ``workers`` says how many.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
@@ -238,12 +241,11 @@ def benchmark(
     store.prepare()
     station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision)
     processes = max(workers, int(isolate or timeout is not None))
-    with computing(threads), Claims() as claims, _executor(station, processes) as executor:
+    with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))
-        runner = Runner(
-            station, store, claims, executor, watcher, max(1, processes), timeout, isolate, fresh, probing=probe
-        )
+        share = max(1, executor.size if isinstance(executor, Crew) else 1)
+        runner = Runner(station, store, claims, executor, watcher, share, timeout, isolate, fresh, probing=probe)
         return _in_order(runner.run(wanted))
 
 
@@ -289,13 +291,17 @@ def prepare(
 
 
 @contextmanager
-def _executor(station: Station, processes: int) -> Iterator[Executor]:
-    """Who computes: this process, or as many others."""
-    if not processes:
+def _executor(station: Station, processes: int, workers: int, ray: str | None) -> Iterator[Executor]:
+    """Who computes: this process, or as many others, or so many ``workers`` of a cluster (0: all it has room for)."""
+    if ray is not None:
+        gpu = station.workshop.device.type == "cuda"
+        with Cluster[Task, Chunk](station.packed(), ray, workers, station.threads, gpu) as cluster:
+            yield cluster
+    elif processes:
+        with Pool[Task, Chunk](station.packed(), processes) as pool:
+            yield pool
+    else:
         yield Here(station)
-        return
-    with Pool[Task, Chunk](station.packed(), processes) as pool:
-        yield pool
 
 
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:

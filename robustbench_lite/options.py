@@ -70,6 +70,15 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes that share the work; 0: none but this one.", rich_help_panel=HOW)
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work among the actors of a Ray cluster; local: one on this machine.",
+        rich_help_panel=HOW,
+    ),
+]
 Threads = Annotated[
     int, typer.Option("--threads", help="CPU threads of each process; may change last bits.", rich_help_panel=HOW)
 ]

@@ -20,6 +20,7 @@ LAYERS = [
         "runner",
         "tasks",
         "pool",
+        "cluster",
         "claims",
         "planning",
         "suites",
