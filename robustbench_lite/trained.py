@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import __version__, data, models, registry, zoo
+from robustbench_lite import __version__, data, downloads, models, registry, zoo
 from robustbench_lite.defended import Defended, computing
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
@@ -263,7 +263,7 @@ class Workshop:
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return data.cache_dir() / "trained" / f"{key}.{suffix}"
+        return downloads.cache_dir() / "trained" / f"{key}.{suffix}"
 
     def _made_of(self, recipe: Defense) -> dict[str, Any]:
         """The identity of a recipe, with that of its sources for what they are called."""

@@ -44,7 +44,20 @@ LAYERS = [
         "bounds",
         "lipschitz",
     },  # what a plugin may import
-    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "kernels", "papers", "wording"},
+    {
+        "threat",
+        "norms",
+        "noise",
+        "registry",
+        "specs",
+        "data",
+        "downloads",
+        "models",
+        "zoo",
+        "kernels",
+        "papers",
+        "wording",
+    },
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 SHARED = RANK["plugins"]
