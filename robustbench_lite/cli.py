@@ -62,6 +62,7 @@ def run(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
@@ -117,7 +118,7 @@ def run(
     options.count(n or "all")  # a mistake is told before anything else
     size = None if batch == "auto" else options.whole("--batch", batch)
     towards = options.target(target)
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
     files = [file for file in (csv, table, matrix, rows, save_adversarials, save_patch) if file is not None]
@@ -197,6 +198,7 @@ def curve(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
@@ -216,7 +218,7 @@ def curve(
 ) -> None:
     """Show how robust accuracy falls as eps grows; an attack that seeks the nearest adversarial runs once."""
     options.count(n or "all")  # a mistake is told before anything else
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     files = [file for file in (csv, plot) if file is not None]
     options.writable(*files)
     attacks, defenses, errors = options.specs(attack) or ["pgd"], options.specs(defense), running.stderr()
@@ -360,6 +362,7 @@ def run_suite(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     device: options.Device = "auto",
     workers: options.Workers = 0,
     threads: options.Threads = 1,
@@ -374,7 +377,7 @@ def run_suite(
     verbose: options.Verbose = False,
 ) -> None:
     """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
-    described = options.described(mean, std, bounds, probabilities)
+    described = options.described(mean, std, bounds, probabilities, access)
     files = [file for file in (csv, table) if file is not None]
     options.writable(*files)
     options.exported(table)
@@ -382,7 +385,7 @@ def run_suite(
     options.known([], [], defenses)
 
     from robustbench_lite import suites
-    from robustbench_lite.models import is_reference
+    from robustbench_lite.classifiers import is_reference
     from robustbench_lite.trained import NONE
 
     protocol = suites.load(suite)

@@ -16,7 +16,7 @@ WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "s
 ERROR = "error: "  # begins the reason of what failed
 REJECTED = -2  # the label of an input that a detector rejects
 VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
-FINITE, NAN, ZERO, SATURATED = "finite", "nan", "zero", "saturated"  # gradients
+FINITE, NAN, ZERO, SATURATED, UNSEEN = "finite", "nan", "zero", "saturated", "unseen"  # gradients
 
 
 class Unfinished(Exception):
@@ -165,8 +165,9 @@ class Probed(Rows):
 
     ``status`` is that under an attack to which the whole pixel range is allowed, ``noise`` that under random noise
     within eps. ``gradient`` is ``finite``, ``nan``, ``zero``, or ``saturated`` where only the cross-entropy's is zero,
-    the margin's not. ``low`` and ``high`` are the extreme logits. In a second pass the label was ``again``, and a logit
-    had ``moved`` by at most this share of high - low. There are no images.
+    the margin's not; of a black box it is ``unseen``, and the status ``unknown``. ``low`` and ``high`` are the extreme
+    logits. In a second pass the label was ``again``, and a logit had ``moved`` by at most this share of high - low.
+    There are no images.
     """
 
     row: NDArray[np.int64]

@@ -32,7 +32,7 @@ LAYERS = [
         "report",
         "audit",
     },
-    {"evaluation", "probing", "certifying", "trained", "store", "outcome"},
+    {"evaluation", "probing", "certifying", "trained", "store", "outcome", "blackbox"},
     {
         "plugins",
         "certificate",
@@ -53,6 +53,7 @@ LAYERS = [
         "data",
         "downloads",
         "models",
+        "classifiers",
         "zoo",
         "kernels",
         "papers",
