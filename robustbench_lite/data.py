@@ -1,4 +1,4 @@
-"""Labelled images: four data sets by name, and any ``.npz`` of your own."""
+"""Labelled images: four data sets by name, and any ``.npz`` or folder of images of your own."""
 
 import hashlib
 import io
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustbench_lite import folders
 from robustbench_lite.downloads import data_folder, first_line, read, verified
 from robustbench_lite.wording import suggest
 
@@ -105,19 +106,22 @@ SOURCES: dict[str, Source] = {source.name: source for source in _SOURCES}
 
 
 def load(name: str, split: Split = "test", data_dir: Path | None = None) -> Images:
-    """The images called ``name``: one of ``SOURCES``, or ``npz:FILE``.
+    """The images called ``name``: one of ``SOURCES``, ``npz:FILE``, or ``folder:DIR``.
 
     What the package does not carry is looked for in ``data_dir`` (else $ROBUST_BENCH_DATA), laid out as torchvision
     does, then in the cache folder, then downloaded. A file that is truncated, altered or unreadable is a ValueError.
 
     An ``.npz`` holds ``x`` and ``y``, and may hold ``x_train``, ``y_train`` and the number of ``classes``. x is uint8
     or floats in [0, 1], of shape (N, D), (N, H, W), (N, C, H, W), or (N, H, W, C): the last where that axis is 1, 3
-    or 4 long and axis 1 is not.
+    or 4 long and axis 1 is not. For a folder see :mod:`robustbench_lite.folders`.
     """
     if split not in get_args(Split):
         raise ValueError(f"no split {split!r}; there are: {', '.join(get_args(Split))}")
     if name.startswith("npz:"):
         return _npz(name, split)
+    if name.startswith("folder:"):
+        x, y, classes = folders.read(Path(name.removeprefix("folder:")).expanduser(), split)
+        return _images(name, split, x, y, classes)
     source = _source(name)
     if name == "digits":
         x, y = _digits(split)
@@ -128,9 +132,14 @@ def load(name: str, split: Split = "test", data_dir: Path | None = None) -> Imag
     return _images(name, split, x, y, source.classes)
 
 
+def is_own(name: str) -> bool:
+    """Whether a data set's name points to one of the person's own."""
+    return name.startswith(("npz:", "folder:"))
+
+
 def customary_eps(name: str, norm: str) -> float:
     """The eps that papers use for this data set under this norm."""
-    eps = {} if name.startswith("npz:") else _source(name).eps
+    eps = {} if is_own(name) else _source(name).eps
     if norm not in eps:
         raise ValueError(f"no customary eps for {name} under {norm}; give an eps, e.g. --threat {norm}:0.1")
     return eps[norm]
@@ -139,7 +148,7 @@ def customary_eps(name: str, norm: str) -> float:
 def _source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
-    raise ValueError(f"no data set {name!r}; {suggest(name, SOURCES, more=', and npz:FILE')}")
+    raise ValueError(f"no data set {name!r}; {suggest(name, SOURCES, more=', npz:FILE, folder:DIR')}")
 
 
 def _images(name: str, split: str, x: Array, y: Array, classes: int) -> Images:

@@ -373,7 +373,7 @@ class Bench:
         reason[(reason == "") & (label == -1).cpu().numpy()] = (
             "the model answered the attack with NaN or infinite logits"
         )
-        reason[broken] = ""
+        reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,

@@ -346,7 +346,7 @@ def leaderboard(
                 "eps": first.eps,
                 "adaptive": first.adaptive,
                 "examples": count,
-                "clean_accuracy": float((outcomes[0].status != WRONG).mean()),
+                "clean_accuracy": float(outcomes[0].right.mean()),
                 **_bound(first.row, outcomes[0].row, proofs),
                 "robust_accuracy": float(held.mean()),
                 "robust_low": low,
@@ -392,7 +392,7 @@ def per_class(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Data
     table = []
     for group in grouped(entries, proofs):
         outcomes = [entry.outcome for entry in group]
-        held, right, label = robust(outcomes), outcomes[0].status != WRONG, outcomes[0].label
+        held, right, label = robust(outcomes), outcomes[0].right, outcomes[0].label
         for one in np.unique(label):
             here = label == one
             low, high = wilson(int(held[here].sum()), int(here.sum()))
@@ -455,7 +455,7 @@ def certificates(proofs: Iterable[Proof]) -> pd.DataFrame:
             {
                 **{name: getattr(proof, name) for name in CERTIFICATES[:7]},
                 "examples": count,
-                "clean_accuracy": float((found.status != WRONG).mean()),
+                "clean_accuracy": float(found.right.mean()),
                 "certified_accuracy": counts[VERIFIED] / count,
                 "certified_low": low,
                 "certified_high": high,

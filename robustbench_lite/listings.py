@@ -73,7 +73,10 @@ def datasets() -> RenderableType:
         for source in data.SOURCES.values()
     ]
     heads = ["data set", "shape", "classes", "train", "test", "customary eps", "where it comes from"]
-    note = Text("npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y.")
+    note = Text(
+        "npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y. "
+        "folder:DIR holds PNG or JPEG files in a sub-folder a class."
+    )
     return Group(table("data sets", heads, lines), note)
 
 

@@ -28,6 +28,7 @@ class Rows:
     those, or of the first of those, whose status is ``pictured``."""
 
     row: NDArray[np.int64]
+    clean: NDArray[np.int64]
     status: NDArray[np.str_]
     reason: NDArray[np.str_]
     imaged: NDArray[np.int64]
@@ -46,6 +47,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which clean inputs the model is known to classify correctly."""
+        right: NDArray[np.bool_] = (self.status != WRONG) & (self.clean != -1)
+        return right
 
     @property
     def unfinished(self) -> bool:
@@ -87,10 +94,10 @@ class Outcome(Rows):
 
     ``status`` is ``wrong`` (misclassified when clean, not attacked), ``broken`` (an admissible adversarial that the
     model was asked about again), ``held``, ``unknown`` (``reason`` says why; never robust, never a success) or
-    ``skipped`` (its label is the target). ``adversarial`` is the model's label for the judged point, -1 where there is
-    none; ``distance`` the size of the perturbation of a point that broke the input, or was rejected. ``images``
-    (K, ...) are adversarials, of the rows ``imaged``. A label, ``clean`` or ``adversarial``, that is ``REJECTED`` is a
-    detector's.
+    ``skipped`` (its label is the target). ``clean`` and ``adversarial`` are the model's labels for the input and for
+    the judged point: -1 where there is none, ``REJECTED`` where that is a detector's. ``distance`` is the size of the
+    perturbation of a point that broke the input, or was rejected. ``images`` (K, ...) are adversarials, of the rows
+    ``imaged``.
     """
 
     row: NDArray[np.int64]
@@ -118,14 +125,16 @@ class Outcome(Rows):
         return fooled
 
     def within(self, limit: float) -> "Outcome":
-        """The outcome at a smaller budget: what was broken at a larger distance is held, and a label that was
-        reached at an unknown distance (of a targeted attack: another than the target) is forgotten."""
+        """The outcome at a smaller budget: what was broken at a larger distance is held (unknown, where the attack
+        failed then), and a label that was reached at an unknown distance (of a targeted attack: another than the
+        target) is forgotten."""
         near = self.distance <= limit
         beyond = (self.status == BROKEN) & ~near
         kept = ~np.isin(self.imaged, self.row[beyond])
         return replace(
             self,
-            status=np.where(beyond, HELD, self.status),
+            status=np.where(beyond, np.where(self.reason == "", HELD, UNKNOWN), self.status),
+            reason=np.where((self.status == BROKEN) & near, "", self.reason),
             adversarial=np.where(near, self.adversarial, -1),
             distance=np.where(near, self.distance, np.nan),
             imaged=self.imaged[kept],

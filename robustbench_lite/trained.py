@@ -204,7 +204,7 @@ class Workshop:
             ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
         """
         if not self.own and self.inputs != AS_IS:
-            raise ValueError("mean, std, bounds and probabilities describe a model of yours; give it, or its weights")
+            raise ValueError("mean, std, bounds, probabilities and access describe a model of yours; give it")
         self._check_access()
         if chain.strip() == NONE:
             if not self.own:

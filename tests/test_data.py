@@ -130,9 +130,10 @@ def test_take_keeps_the_metadata() -> None:
     [
         (
             "mnits",
-            "no data set 'mnits'; did you mean mnist? There are: cifar10, digits, fashion-mnist, mnist, and npz:FILE",
+            "no data set 'mnits'; did you mean mnist? "
+            "There are: cifar10, digits, fashion-mnist, mnist, npz:FILE, folder:DIR",
         ),
-        ("?", "no data set '?'; there are: cifar10, digits, fashion-mnist, mnist, and npz:FILE"),
+        ("?", "no data set '?'; there are: cifar10, digits, fashion-mnist, mnist, npz:FILE, folder:DIR"),
     ],
 )
 def test_unknown_names_get_the_nearest_and_the_list(name: str, message: str) -> None:

@@ -54,6 +54,7 @@ LAYERS = [
         "downloads",
         "models",
         "classifiers",
+        "folders",
         "zoo",
         "kernels",
         "papers",
