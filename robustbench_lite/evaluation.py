@@ -121,9 +121,7 @@ def require_norm(kind: registry.Kind, plugin: Attack | Certifier, threat: Threat
 
 def require_access(attack: Attack, model: Defended) -> None:
     if LEVELS.index(attack.access) > LEVELS.index(model.access):
-        raise ValueError(
-            f"attack {attack.name} needs the model's {attack.access}, of which there are {model.access} only"
-        )
+        raise ValueError(f"attack {attack.name} needs the model's {attack.access}, not only {model.access}")
 
 
 @contextmanager
