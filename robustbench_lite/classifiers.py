@@ -106,7 +106,7 @@ def _extra(library: str, extra: str) -> Any:
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
-        if error.name != library.partition(".")[0]:
+        if error.name not in (library, library.partition(".")[0]):
             raise
         raise ValueError(f"{extra} is not installed: pip install 'robustbench-lite[{extra}]'") from None
 
@@ -142,6 +142,13 @@ def _robustbench(name: str, shape: Shape, classes: int) -> nn.Module:
     with _arrays_only():
         made: nn.Module = utils.load_model(model, model_dir=folder, dataset=dataset, threat_model=threat)
     return made.eval()
+
+
+def customary_inputs(model: nn.Module) -> str:
+    """The options for the normalisation that a model of timm was trained with; empty where it does not say."""
+    about = getattr(model, "pretrained_cfg", {})
+    stated = {name: about[name] for name in ("mean", "std") if name in about}
+    return " ".join(f"--{name} {','.join(f'{value:g}' for value in values)}" for name, values in stated.items())
 
 
 @contextmanager

@@ -262,6 +262,9 @@ class Workshop:
             if self.weights is None and self.architecture.startswith("timm:"):
                 raise ValueError(f"{self.architecture} has no weights of its own; give --weights FILE")
             model = classifiers.load(self.architecture, self.shape, self.classes)
+            usual = classifiers.customary_inputs(model)
+            if usual and not (self.inputs.mean or self.inputs.std):
+                self.note(f"{self.architecture} is customarily trained with {usual}; say so if yours was")
         else:
             model = models.build(self.architecture, self.shape, self.classes).eval()
         if self.weights is not None:
