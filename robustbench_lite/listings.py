@@ -143,7 +143,7 @@ def doctor(data_dir: Path | None) -> RenderableType:
     packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "cvxpy", "safetensors", "pooch", "typer", "rich")
     lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
     lines += [[name, _installed(name)] for name in packages]
-    lines.append(["extra: foolbox", _installed("foolbox")])
+    lines += [[f"extra: {name}", _installed(name)] for name in ("foolbox", "onnx2torch", "timm", "robustbench")]
     gpus = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
     lines.append(["devices", ", ".join([*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"])])
     lines.append(["cpu threads", str(torch.get_num_threads())])

@@ -176,13 +176,14 @@ def test_an_answer_that_is_none_leaves_inputs_unknown(file: Path, code: str, acc
 
 
 def test_what_a_black_box_answered_before_it_died_is_kept(file: Path, bench: Callable[[str], Ran]):
-    line = "--dataset digits --model mine.py:dies --access labels --attack boundary:queries=100 --n 300 --batch 100"
+    line = "--dataset digits --model mine.py:dies --access labels --n 300 --batch 100"
+    line += " --attack boundary:queries=100,boundary:queries=110"
     whole = bench(f"{line} --out whole --no-audit --rows whole.csv")
     assert whole.code == 0
     file.write_text(CODE.replace("limit = 0, None", "limit = 0, 15_000"))
     ran = bench(f"{line} --rows some.csv")
     assert ran.code == 1
-    assert "unknown: 200 x error: Unfinished: the black box failed: RuntimeError: out of memory at 0x7f" in ran.err
+    assert "unknown: 500 x error: Unfinished: the black box failed: RuntimeError: out of memory at 0x7f" in ran.err
     assert "is not audited" in ran.err
     rows = [Path(name).read_text().splitlines() for name in ("whole.csv", "some.csv")]
     shown = [[row.split(",")[7:16] for row in table[:101]] for table in rows]
