@@ -188,6 +188,8 @@ class Answers(nn.Module):
 class BlackBox(Defended):
     """A model that shows labels or scores only; who asks for gradients gets an error."""
 
+    least = 1  # no batch is padded: each row may cost
+
     def __init__(self, model: nn.Module, access: Seen) -> None:
         super().__init__(model)
         self.seen = access

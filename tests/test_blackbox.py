@@ -318,7 +318,7 @@ def test_mistakes_are_one_line(file: Path, bench: Callable[[str], Ran], options:
 def test_a_function_is_evaluated_from_python(place: Path):
     test = data.load("digits")
     weight = torch.randn(64, 10, generator=torch.Generator().manual_seed(0)).numpy()
-    x, y = test.x[:20], torch.from_numpy((test.x[:20].flatten(1).numpy() @ weight).argmax(1))
+    x, y = test.x[:10], torch.from_numpy((test.x[:10].flatten(1).numpy() @ weight).argmax(1))
     sent: list[int] = []
 
     def predict(x: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -327,12 +327,11 @@ def test_a_function_is_evaluated_from_python(place: Path):
 
     model = black_box(predict, "labels", classes=10)
     assert "broken" in evaluate("boundary:queries=200", model, x, y, "l2:2").status
-    assert sent[:2] == [20, 20], "a look and the clean labels; batches are not compared"
-    assert min(sent) < 16, "no batch is padded with images that cost"
+    assert sent[:2] == [10, 10], "a look, and the clean labels: no batches are compared, and none is padded"
     with pytest.raises(ValueError, match="attack pgd needs the model's gradients, not only labels"):
         evaluate("pgd", model, x, y, "linf:0.1")
     with pytest.raises(ValueError, match="a black box is named here as FILE"):
-        benchmark("boundary", dataset="digits", model=model, n=20)
+        benchmark("boundary", dataset="digits", model=model, n=10)
 
 
 def test_an_object_with_logits_is_a_model_as_well():

@@ -519,7 +519,9 @@ def test_inputs_are_adapted(shop: Shop, net: nn.Module, images: Tensor):
 
 
 def test_inputs_of_a_model_that_is_trained_here_are_refused(shop: Shop):
-    one_line(lambda: shop(inputs=Inputs(mean=(0.5,))).subject("standard"), "mean, std, bounds, probabilities and access")
+    one_line(
+        lambda: shop(inputs=Inputs(mean=(0.5,))).subject("standard"), "mean, std, bounds, probabilities and access"
+    )
 
 
 def test_a_std_of_zero_is_one_line(shop: Shop, net: nn.Module):
