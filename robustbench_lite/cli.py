@@ -70,6 +70,7 @@ def run(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     precision: Annotated[
@@ -132,7 +133,7 @@ def run(
     options.count(n or "all")  # a mistake is told before anything else
     size = None if batch == "auto" else options.whole("--batch", batch)
     towards = options.target(target)
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
     files = [file for file in (csv, table, matrix, rows, save_adversarials, save_patch) if file is not None]
@@ -221,6 +222,7 @@ def curve(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
@@ -241,7 +243,7 @@ def curve(
 ) -> None:
     """Show how robust accuracy falls as eps grows; an attack that seeks the nearest adversarial runs once."""
     options.count(n or "all")  # a mistake is told before anything else
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     files = [file for file in (csv, plot) if file is not None]
     options.writable(*files)
     attacks, defenses, errors = options.specs(attack) or ["pgd"], options.specs(defense), running.stderr()
@@ -388,6 +390,7 @@ def run_suite(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     device: options.Device = "auto",
     workers: options.Workers = 0,
     ray: options.Ray = None,
@@ -403,7 +406,7 @@ def run_suite(
     verbose: options.Verbose = False,
 ) -> None:
     """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
-    described = options.described(mean, std, bounds, probabilities)
+    described = options.described(mean, std, bounds, probabilities, access)
     files = [file for file in (csv, table) if file is not None]
     options.writable(*files)
     options.exported(table)
@@ -411,7 +414,7 @@ def run_suite(
     options.known([], [], defenses)
 
     from robustbench_lite import suites
-    from robustbench_lite.models import is_reference
+    from robustbench_lite.classifiers import is_reference
     from robustbench_lite.trained import NONE
 
     protocol = suites.load(suite)

@@ -13,7 +13,7 @@ import numpy as np
 
 from robustbench_lite import __version__
 from robustbench_lite.leaderboard import Entry, wilson
-from robustbench_lite.outcome import SKIPPED, UNKNOWN, WRONG
+from robustbench_lite.outcome import SKIPPED, UNKNOWN
 from robustbench_lite.threat import parse_number
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _rows(group: Sequence[Entry]) -> Iterator[dict[str, object]]:
     common = reduce(np.intersect1d, [entry.outcome.row for entry in group])
     if not len(common):
         return
-    first, right = group[0], group[0].outcome.select(common).status != WRONG
+    first, right = group[0], group[0].outcome.select(common).right
     falls: dict[str, _Fall] = {}
     levels: dict[str, set[float]] = {}
     for entry in group:

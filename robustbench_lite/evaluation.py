@@ -13,10 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, Precision, Sources, ask, ask_finally, device_of, no_sources, steady
+from robustbench_lite.defended import (
+    LEVELS,
+    Defended,
+    Precision,
+    Sources,
+    ask,
+    ask_finally,
+    device_of,
+    no_sources,
+    steady,
+)
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import BROKEN, CHUNK, ERROR, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import (
+    BROKEN,
+    CHUNK,
+    ERROR,
+    HELD,
+    KEPT,
+    REJECTED,
+    SKIPPED,
+    UNKNOWN,
+    WRONG,
+    Outcome,
+    Unfinished,
+)
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
@@ -62,6 +84,7 @@ def evaluate(
     if learns(attack) and attack.learned is None:
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
+    require_access(attack, defended)
     if not adaptive and not isinstance(defended.model, Defended):
         raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
@@ -109,6 +132,11 @@ def require_norm(kind: registry.Kind, plugin: Attack | Certifier, threat: Threat
         raise ValueError(f"{kind} {plugin.name} does not run under {threat.norm.name}; it knows {known}")
 
 
+def require_access(attack: Attack, model: Defended) -> None:
+    if LEVELS.index(attack.access) > LEVELS.index(model.access):
+        raise ValueError(f"attack {attack.name} needs the model's {attack.access}, not only {model.access}")
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients of parameters; both as before afterwards."""
@@ -144,6 +172,8 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, precision:
     try:
         with torch.no_grad():
             logits = ask(model, sample, 32, noise=Noise(0, torch.arange(len(sample))))
+    except Unfinished as error:
+        raise ValueError(str(error)) from error
     except Exception as error:
         raise ValueError(f"the model raises on inputs of shape {tuple(sample.shape)}: {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(sample) or logits.shape[1] < 2:
@@ -279,8 +309,11 @@ class Bench:
             parts = ((len(rows) + 1) // 2, len(rows) // 2)
             halves = zip(x.split(parts), y.split(parts), rows.split(parts))
             return [outcome for half in halves for outcome in self.run(attack, *half)]
+        except Unfinished as error:  # of a black box
+            outcome = _unanswered(x, y, rows, f"{ERROR}{one_line(error)}"[:REASON])
         if len(rows) > CHUNK and any(reason.startswith(ERROR) for reason in outcome.reason):
-            return [self._run(attack, *piece) for piece in zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))]
+            pieces = zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))
+            return [outcome for piece in pieces for outcome in self.run(attack, *piece)]
         return [outcome]
 
     def _run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> Outcome:
@@ -300,7 +333,7 @@ class Bench:
             "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
             "reason": np.full(count, "", dtype=f"U{REASON}"),
             "distance": np.full(count, np.nan),
-            "right": share_right(self.model, answers, y).cpu().numpy(),
+            "share": share_right(self.model, answers, y).cpu().numpy(),
             "forwards": np.zeros(count, np.int64),
             "backwards": np.zeros(count, np.int64),
         }
@@ -364,13 +397,13 @@ class Bench:
         reason[(reason == "") & (label == -1).cpu().numpy()] = (
             "the model answered the attack with NaN or infinite logits"
         )
-        reason[broken] = ""
+        reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,
             "adversarial": label.cpu().numpy(),
             "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
-            "right": right.numpy(),
+            "share": right.numpy(),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,
@@ -390,6 +423,26 @@ def _propose(attack: Attack, problem: Problem, x: Tensor) -> tuple[Tensor, str]:
         shape = tuple(candidates.shape) if isinstance(candidates, Tensor) else type(candidates).__name__
         return nothing, f"{ERROR}the attack returned {shape} for a batch of {tuple(x.shape)}"
     return candidates.detach().to(x), ""
+
+
+def _unanswered(x: Tensor, y: Tensor, rows: Tensor, reason: str) -> Outcome:
+    """Inputs of which not even the label that the model gives them is known."""
+    count = len(rows)
+    return Outcome(
+        row=rows.numpy(),
+        label=y.cpu().numpy(),
+        clean=np.full(count, -1),
+        adversarial=np.full(count, -1),
+        status=np.full(count, UNKNOWN),
+        reason=np.full(count, reason, dtype=f"U{REASON}"),
+        distance=np.full(count, np.nan),
+        share=np.zeros(count),
+        forwards=np.zeros(count, np.int64),
+        backwards=np.zeros(count, np.int64),
+        seconds=np.zeros(count),
+        imaged=np.zeros(0, np.int64),
+        images=np.zeros((0, *x.shape[1:]), np.float32),
+    )
 
 
 def _first_of_each_chunk(broken: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -237,10 +237,12 @@ def benchmark(
         certifiers=certifiers,
         watcher=watcher,
     )
+    processes = max(workers, int(isolate or timeout is not None))
+    if (processes or ray) and workshop.terms is not None and workshop.terms.limited:
+        raise ValueError("rate and queries are kept by one process: leave out workers, ray, timeout and isolate")
     store = Store(Path(out), watcher.note)
     store.prepare()
     station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision)
-    processes = max(workers, int(isolate or timeout is not None))
     with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))

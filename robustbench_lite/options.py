@@ -12,7 +12,7 @@ from robustbench_lite import registry
 if TYPE_CHECKING:
     from robustbench_lite.evaluation import Target
 
-Described = tuple[tuple[float, ...], tuple[float, ...], tuple[float, float], bool]
+Described = tuple[tuple[float, ...], tuple[float, ...], tuple[float, float], bool, str | None]
 
 WHAT, MODEL, HOW, RESULTS, TALK = "What to run", "Whose model", "How", "Results", "Talk"
 
@@ -21,7 +21,10 @@ Defenses = Annotated[
     typer.Option("--defense", help="Defenses, as madry:eps=0.3; chain them with +; or all.", rich_help_panel=WHAT),
 ]
 Dataset = Annotated[
-    str, typer.Option("--dataset", help="A name from `robust-bench datasets`, or npz:FILE.", rich_help_panel=WHAT)
+    str,
+    typer.Option(
+        "--dataset", help="A name from `robust-bench datasets`, npz:FILE, or folder:DIR.", rich_help_panel=WHAT
+    ),
 ]
 Threats = Annotated[
     list[str] | None,
@@ -47,7 +50,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="An architecture, or your classifier: FILE.py:factory, package.module:factory.",
+        help="An architecture, or your classifier: FILE.py:factory, onnx:FILE, timm:NAME, robustbench:NAME; or a "
+        "black box, see --access.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -62,6 +66,15 @@ Std = Annotated[str | None, typer.Option("--std", help="Divided by inside the mo
 Bounds = Annotated[str, typer.Option("--bounds", help="The pixel range your model expects.", rich_help_panel=MODEL)]
 Probabilities = Annotated[
     bool, typer.Option("--probabilities", help="Your model returns probabilities.", rich_help_panel=MODEL)
+]
+Access = Annotated[
+    str | None,
+    typer.Option(
+        "--access",
+        help="The model, FILE.py:function or a URL, is a black box that answers labels or scores; on terms, as "
+        "labels:rate=50,queries=100000.",
+        rich_help_panel=MODEL,
+    ),
 ]
 Seed = Annotated[
     int, typer.Option("--seed", help="Of all randomness in the attacks and certifiers.", rich_help_panel=HOW)
@@ -224,6 +237,8 @@ def span(text: str) -> tuple[float, float]:
     return ends
 
 
-def described(mean: str | None, std: str | None, bounds: str, probabilities: bool) -> Described:
+def described(
+    mean: str | None, std: str | None, bounds: str, probabilities: bool, access: str | None = None
+) -> Described:
     """What a user's model expects and returns."""
-    return numbers("--mean", mean), numbers("--std", std), span(bounds), probabilities
+    return numbers("--mean", mean), numbers("--std", std), span(bounds), probabilities, access

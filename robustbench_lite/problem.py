@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustbench_lite.defended import Defended, Precision, Sources, ask, ask_finally, no_sources
+from robustbench_lite.defended import LEVELS, Defended, Precision, Sources, ask, ask_finally, no_sources
+from robustbench_lite.defended import Access as Access
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel
-
-Access = Literal["labels", "scores", "gradients"]
-LEVELS: tuple[Access, ...] = ("labels", "scores", "gradients")
 
 
 class AccessError(ValueError):

@@ -16,7 +16,7 @@ from robustbench_lite import __version__, leaderboard, probing, registry
 from robustbench_lite.certifying import searches
 from robustbench_lite.claims import Claims
 from robustbench_lite.evaluation import frozen
-from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed
+from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed, Unfinished
 from robustbench_lite.planning import Plan
 from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.pool import Lost
@@ -107,7 +107,8 @@ class Runner:
                 told = True
                 time.sleep(POLL)
         attacked = {(job.chain, job.threat, job.adaptive): job for job in jobs if self.probing and not job.proves}
-        return [*(job.found for job in jobs if job.found is not None), *map(self._probe, attacked.values())]
+        probes = [probe for job in attacked.values() if (probe := self._probe(job)) is not None]
+        return [*(job.found for job in jobs if job.found is not None), *probes]
 
     @staticmethod
     def _jobs(plan: Plan) -> list[Job]:
@@ -178,15 +179,19 @@ class Runner:
             job.plugin = replace(cast(Any, plugin), learned=job.learned)
         self._advance(job, sum(map(len, job.done)))
 
-    def _probe(self, job: Job) -> leaderboard.Probe:
-        """What the first chunk shows of the model."""
+    def _probe(self, job: Job) -> leaderboard.Probe | None:
+        """What the first chunk shows of the model; nothing where a black box does not answer."""
         subject = self.station.subject(job.chain)
         cell, (start, stop) = probed_of(self.station, subject, job.threat, job.adaptive), spans(self.station)[0]
         found = None if self.fresh else self.store.load(cell, start, stop)
         if not isinstance(found, Probed):
             images, bench = self.station.images, self.station.bench(subject, job.plugin, job.threat, job.adaptive)
             with frozen(subject.model):
-                found = probing.probe(bench, images.x[:stop], images.y[:stop], torch.arange(stop))
+                try:
+                    found = probing.probe(bench, images.x[:stop], images.y[:stop], torch.arange(stop))
+                except Unfinished as error:
+                    self.watcher.note(f"{subject.defense} is not audited: {error}")
+                    return None
             self.store.save(cell, found)
         return probe_of(cell, found)
 

@@ -126,8 +126,10 @@ class Station:
         )
 
     def _check(self, model: Defended, threat: ThreatModel) -> int:
-        """How many classes the model knows, which are no more than a data set of ours has."""
-        classes = check(model, self.images.x, self.images.y, threat, self.precision)
+        """How many classes the model knows, which are no more than a data set of ours has; the last is remembered."""
+        if model not in self.kept.get("checked", ()):
+            self.kept["checked"] = {model: check(model, self.images.x, self.images.y, threat, self.precision)}
+        classes: int = self.kept["checked"][model]
         if classes > self.images.classes and self.images.name in data.SOURCES:
             raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
         return classes

@@ -33,7 +33,7 @@ LAYERS = [
         "report",
         "audit",
     },
-    {"evaluation", "probing", "certifying", "trained", "store", "outcome"},
+    {"evaluation", "probing", "certifying", "trained", "store", "outcome", "blackbox"},
     {
         "plugins",
         "certificate",
@@ -45,7 +45,22 @@ LAYERS = [
         "bounds",
         "lipschitz",
     },  # what a plugin may import
-    {"threat", "norms", "noise", "registry", "specs", "data", "models", "zoo", "kernels", "papers", "wording"},
+    {
+        "threat",
+        "norms",
+        "noise",
+        "registry",
+        "specs",
+        "data",
+        "downloads",
+        "models",
+        "classifiers",
+        "folders",
+        "zoo",
+        "kernels",
+        "papers",
+        "wording",
+    },
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 SHARED = RANK["plugins"]
