@@ -1,0 +1,116 @@
+"""Where a leaderboard row comes from: data, weights, settings and versions, and the command that makes it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from robustbench_lite import models, registry
+from robustbench_lite.leaderboard import Entry, Proof, grouped
+from robustbench_lite.trained import NONE
+
+if TYPE_CHECKING:
+    from robustbench_lite.matrix import Results
+    from robustbench_lite.store import Cell
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Of a leaderboard row: ``facts`` by name, ``plugins`` as (spec, settings, version, from where), ``commands``."""
+
+    first: Entry | Proof
+    facts: dict[str, str]
+    plugins: list[tuple[str, str, str, str]]
+    commands: list[str]
+
+
+def origins(results: Results) -> Iterator[Origin]:
+    """Of every leaderboard row, and of what was only certified."""
+    groups: list[Sequence[Entry | Proof]] = [*grouped(results.entries)]
+    attacked = {group[0].row for group in groups}
+    alone: dict[tuple[Any, ...], list[Entry | Proof]] = {}
+    for proof in results.proofs:
+        if proof.row not in attacked:
+            alone.setdefault(proof.row, []).append(proof)
+    for group in [*groups, *alone.values()]:
+        first = group[0]
+        proofs = [proof for proof in results.proofs if proof.row == first.row and proof not in group]
+        if first.cell is not None:
+            yield _origin([*group, *proofs] if first.adaptive else group, first.cell)
+
+
+def _origin(group: Sequence[Entry | Proof], cell: Cell) -> Origin:
+    model, about = cell.identity["model"], cell.about
+    facts = {
+        "data (SHA-256)": str(cell.identity["data"]),
+        "weights (SHA-256)": str(model.get("weights", "")),
+        "model code": str(model.get("code", "")),
+        "pixel range": " to ".join(f"{end:g}" for end in cell.identity["range"]),
+        "precision": str(cell.identity["precision"]),
+        "seed": str(cell.identity["seed"]),
+        "robustbench-lite": str(about["version"]),
+        "torch": str(about["torch"]),
+    }
+    plugins = []
+    for one in group:
+        if one.cell is not None:
+            known = one.cell.identity[one.kind]
+            settings = ", ".join(f"{name}={value}" for name, value in known.get("settings", {}).items())
+            plugins.append((one.plugin, settings, str(known.get("version", "")), str(known.get("origin", ""))))
+    return Origin(group[0], {name: text for name, text in facts.items() if text}, plugins, list(_commands(group)))
+
+
+def _commands(group: Sequence[Entry | Proof]) -> Iterator[str]:
+    """One for the attacks with the certifiers beside them, and one for certifiers that searched for radii."""
+    attacks = [one for one in group if isinstance(one, Entry) and one.cell is not None]
+    proofs = [one for one in group if isinstance(one, Proof) and one.cell is not None]
+    beside = [one for one in proofs if attacks and not one.cell.identity["search"]]  # type: ignore[union-attr]
+    alone = [one for one in proofs if one not in beside]
+    if attacks:
+        yield _command(["robust-bench", "--attack", _specs(attacks)], attacks[0], _certify("--certify", beside))
+    for search in (False, True):
+        if some := [one for one in alone if one.cell.identity["search"] is search]:  # type: ignore[union-attr]
+            command = ["robust-bench", "certify", "--method", _specs(some)]
+            yield _command(command, some[0], ["--radius"] * search)
+
+
+def _specs(found: Sequence[Entry | Proof]) -> str:
+    return ",".join(dict.fromkeys(str(one.cell.about[one.kind]) for one in found if one.cell is not None))
+
+
+def _certify(option: str, proofs: Sequence[Proof]) -> list[str]:
+    return [option, _specs(proofs)] if proofs else []
+
+
+def _command(words: list[str], one: Entry | Proof, more: list[str]) -> str:
+    assert one.cell is not None
+    rows = (one.outcome if isinstance(one, Entry) else one.certified).row
+    target = one.cell.identity.get("target")
+    words += [*_subject(one), "--dataset", one.dataset, "--threat", f"{one.norm}:{one.eps!r}", *more]
+    words += ["--n", str(int(np.max(rows)) + 1)]
+    words += ["--target", str(target)] if target is not None else []
+    words += ["--adaptive", "off"] if not one.adaptive else []
+    words += ["--seed", str(one.seed)] if one.seed else []
+    return shlex.join(words)
+
+
+def _subject(one: Entry | Proof) -> list[str]:
+    """The options that name the model; ``FILE`` stands for weights, whose hash is known and not their place."""
+    assert one.cell is not None
+    words = ["--model", one.model]
+    if one.defense != NONE:
+        words += ["--defense", one.defense]
+    known = registry.plugins("defense").get(registry.split_chain(one.defense)[0].partition(":")[0])
+    if not models.is_reference(one.model) and (one.defense == NONE or not getattr(known, "trains", True)):
+        words += ["--weights", "FILE"]
+    given = dict(one.cell.identity["model"].get("inputs", {}))
+    for name in ("mean", "std"):
+        if given.get(name):
+            words += [f"--{name}", ",".join(map(str, given[name]))]
+    if list(given.get("bounds", (0.0, 1.0))) != [0.0, 1.0]:
+        words += ["--bounds", ":".join(map(str, given["bounds"]))]
+    return [*words, *["--probabilities"] * bool(given.get("probabilities"))]
