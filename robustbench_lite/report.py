@@ -104,6 +104,7 @@ def html(parts: Sequence[Part], data_dir: Path | None = None) -> str:
     text = {kind: page.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("html", "css", "js")}
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["percent"] = _percent
+    shown = list(_gallery(parts, data_dir))
     boards = [row for part in parts for row in _board(part)]
     return environment.from_string(text["html"]).render(
         version=__version__,
@@ -117,7 +118,8 @@ def html(parts: Sequence[Part], data_dir: Path | None = None) -> str:
         curves=[panel for part in parts for panel in _curves(part)],
         distances=[panel for part in parts for panel in _distances(part)],
         queries=[panel for part in parts for panel in _queries(part)],
-        gallery=list(_gallery(parts, data_dir)),
+        gallery=shown,
+        lacking=list(dict.fromkeys(one.lacking for _, attacks in shown for one in attacks if one.lacking)),
         patches=[
             (part.of(entry), entry.attack, image)
             for part in parts
