@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: fractions as percent, over eps or, where ``log``, over counts."""
+    """A panel: fractions as percent, over eps or, where ``log``, over counts, at which they step."""
 
     across: str  # what runs along the x axis
     up: str
@@ -56,7 +56,7 @@ class Chart:
         at = [(f"{self.x(point.x):.1f}", f"{self.y(point.y):.1f}") for point in points]
         low = [f"{self.x(p.x):.1f},{self.y(p.low):.1f}" for p in points if p.low is not None]
         high = [f"{self.x(p.x):.1f},{self.y(p.high):.1f}" for p in points if p.high is not None]
-        path = "M" + "L".join(f"{x},{y}" for x, y in at)
+        path = "M{},{}".format(*at[0]) + "".join(f"H{x}V{y}" if self.log else f"L{x},{y}" for x, y in at[1:])
         band = "M" + "L".join([*low, *reversed(high)]) + "Z" if low else ""
         every = max(1, len(at) // 8)
         self.lines.append(Line(label, len(self.lines), path, band, at[::every]))

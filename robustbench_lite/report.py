@@ -14,7 +14,7 @@ import numpy as np
 
 from robustbench_lite import __version__, audit, exports, figures, gallery, provenance
 from robustbench_lite.charts import Chart, Point
-from robustbench_lite.curves import ALL, CURVES, SIZES
+from robustbench_lite.curves import ALL, CURVES, DISTANCES, SIZES
 from robustbench_lite.leaderboard import Setting
 from robustbench_lite.model_info import eps_text
 
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from robustbench_lite.matrix import Results
 
 BLUES = ("f7fbff", "deebf7", "c6dbef", "9ecae1", "6baed6", "4292c6", "2171b5", "08519c", "08306b")  # ColorBrewer
-DISTANCES = {
-    "linf": "ℓ∞ distance",
-    "l2": "ℓ₂ distance",
-    "l1": "ℓ₁ distance",
-    "l0": "ℓ₀ distance (pixels)",
-    "patch": "side of the patch (pixels)",
-}
 
 Row = dict[str, Any]
 
@@ -276,11 +269,11 @@ def _draw(chart: Chart, rows: pd.DataFrame, columns: list[str]) -> None:
 
 
 def _distances(part: Part) -> Iterator[Panel]:
-    """Histograms below each other, to one scale: a panel a leaderboard row."""
+    """Histograms below each other, each as high as its highest bar: a panel a leaderboard row."""
     for rows in _lines(figures.distances(part.results.entries)):
-        most, bars = rows["share"].max(), []
+        bars = []
         for attack, line in rows.groupby("attack", sort=False):
-            steps = "".join(f"V{1 - share / most:.3f}h1" for share in line["share"].tolist())
+            steps = "".join(f"V{1 - share:.3f}h1" for share in (line["share"] / line["share"].max()).tolist())
             bars.append((str(attack), f"M0,1{steps}V1Z", int(line["inputs"].sum())))
         axis = (DISTANCES[rows["norm"].iloc[0]], f"{rows['up_to'].max():.4g}")
         yield Panel(part.about(records(rows)[0]), bars=bars, axis=axis)
