@@ -65,7 +65,7 @@ def _matrix(rows: pd.DataFrame) -> Figure:
     places = {line: y for y, line in enumerate(lines)}
     for row in rows.to_dict("records"):
         x, y, share = attacks.index(row["attack"]), places[row["line"]], row["robust_accuracy"]
-        axes.fill([x - 0.49, x + 0.49, x + 0.49, x - 0.49], [y - 0.48, y - 0.48, y + 0.48, y + 0.48], _blue(share))
+        axes.barh(y, 0.98, 0.96, x - 0.49, color=_blue(share))
         axes.text(x, y, exports.percent(share), ha="center", va="center", color="w" if share > 0.55 else "k", size=8)
     axes.set(xlim=(-0.5, len(attacks) - 0.5), ylim=(len(lines) - 0.5, -0.5))
     axes.set_xticks(range(len(attacks)), [_short(attack) for attack in attacks], rotation=35, ha="right")
@@ -143,10 +143,10 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
     columns = min(3, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows), dpi=300, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for spare in list(axes)[panels:]:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[panels:]:
         spare.set_visible(False)
-    return figure, list(axes)[:panels]
+    return figure, axes[:panels]
 
 
 def _names(rows: pd.DataFrame) -> dict[int, str]:

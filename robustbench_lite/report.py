@@ -152,9 +152,7 @@ def _tables(parts: Sequence[Part]) -> dict[str, pd.DataFrame]:
             if part.name and len(frame):
                 frame = frame.assign(block=part.name)[["block", *frame.columns]]
             frames.setdefault(name, []).append(frame)
-    return {
-        name: pd.concat(found, ignore_index=True) if len(found) > 1 else found[0] for name, found in frames.items()
-    }
+    return {name: pd.concat(found, ignore_index=True) if len(found) > 1 else found[0] for name, found in frames.items()}
 
 
 # The leaderboard, the matrix and the bars
@@ -175,6 +173,7 @@ def _board(part: Part) -> Iterator[Row]:
             "clean, %": (row["clean_accuracy"], _percent(row["clean_accuracy"])),
             "certified, %": (row["certified_accuracy"], _percent(row["certified_accuracy"])),
             "robust, %": (row["robust_accuracy"], _percent(row["robust_accuracy"])),
+            "flags": (row["flags"], row["flags"]),
             "worst attack": (row["worst_attack"], row["worst_attack"] or ""),
             "unknown": (row["unknown"], exports.number(row["unknown"], "d")),
         }
