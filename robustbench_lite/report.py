@@ -42,6 +42,21 @@ class Part:
         """Of the leaderboard, with None where there is nothing."""
         return records(self.board)
 
+    @cached_property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """What lies behind each figure."""
+        entries, proofs = self.results.entries, self.results.proofs
+        return {
+            "leaderboard": self.board,
+            "matrix": figures.cells(entries, proofs),
+            "bounds": figures.bounds(self.board),
+            "curves": figures.security(entries),
+            "distances": figures.distances(entries),
+            "queries": figures.queries(entries),
+            "certificates": self.results.certificates(),
+            "audit": self.results.audit(),
+        }
+
     def about(self, row: Row) -> Row:
         """What a figure of a leaderboard row says of it, and is found by; over all eps if it names none."""
         names = [name for name in figures.ABOUT if name in row]
@@ -137,22 +152,12 @@ def _tables(parts: Sequence[Part]) -> dict[str, pd.DataFrame]:
 
     frames: dict[str, list[pd.DataFrame]] = {}
     for part in parts:
-        entries, proofs = part.results.entries, part.results.proofs
-        made = {
-            "leaderboard": part.board,
-            "matrix": figures.cells(entries, proofs).drop(columns="line", errors="ignore"),
-            "bounds": figures.bounds(part.board),
-            "curves": figures.security(entries),
-            "distances": figures.distances(entries).drop(columns="line", errors="ignore"),
-            "queries": figures.queries(entries).drop(columns="line", errors="ignore"),
-            "certificates": part.results.certificates(),
-            "audit": part.results.audit(),
-        }
-        for name, frame in made.items():
-            if part.name and len(frame):
-                frame = frame.assign(block=part.name)[["block", *frame.columns]]
-            frames.setdefault(name, []).append(frame)
-    return {name: pd.concat(found, ignore_index=True) if len(found) > 1 else found[0] for name, found in frames.items()}
+        for name, frame in part.tables.items():
+            told = frame.drop(columns="line", errors="ignore")
+            if part.name and len(told):
+                told.insert(0, "block", part.name)
+            frames.setdefault(name, []).append(told)
+    return {name: pd.concat(found, ignore_index=True) for name, found in frames.items()}
 
 
 # The leaderboard, the matrix and the bars
@@ -195,7 +200,7 @@ def _told(board: list[Row]) -> list[str]:
 
 def _heats(part: Part) -> Iterator[Row]:
     """A heat map a data set, threat model and seed."""
-    frame = figures.cells(part.results.entries, part.results.proofs)
+    frame = part.tables["matrix"]
     if frame.empty:
         return
     for (dataset, norm, eps, seed), block in frame.groupby(["dataset", "norm", "eps", "seed"], sort=False):
@@ -245,7 +250,7 @@ def _rgb(colour: str) -> NDArray[np.float64]:
 
 def _curves(part: Part) -> Iterator[Panel]:
     """Robust accuracy over eps: a panel a defense, whatever the eps."""
-    frame = figures.security(part.results.entries)
+    frame = part.tables["curves"]
     for _, rows in frame.groupby(list(CURVES[:7]), sort=False, dropna=False):
         chart = Chart(SIZES[rows["norm"].iloc[0]], "robust accuracy, %", float(rows["eps"].max()))
         _draw(chart, rows, ["eps", "robust_accuracy", "robust_low", "robust_high"])
@@ -254,7 +259,7 @@ def _curves(part: Part) -> Iterator[Panel]:
 
 def _queries(part: Part) -> Iterator[Panel]:
     """Success over forwards: a panel a leaderboard row."""
-    for rows in _lines(figures.queries(part.results.entries)):
+    for rows in _lines(part.tables["queries"]):
         chart = Chart("forward passes for an input", "success, %", float(rows["forwards"].max()), log=True)
         _draw(chart, rows, ["forwards", "success"])
         yield Panel(part.about(records(rows)[0]), chart)
@@ -269,7 +274,7 @@ def _draw(chart: Chart, rows: pd.DataFrame, columns: list[str]) -> None:
 
 def _distances(part: Part) -> Iterator[Panel]:
     """Histograms below each other, each as high as its highest bar: a panel a leaderboard row."""
-    for rows in _lines(figures.distances(part.results.entries)):
+    for rows in _lines(part.tables["distances"]):
         bars = []
         for attack, line in rows.groupby("attack", sort=False):
             steps = "".join(f"V{1 - share:.3f}h1" for share in (line["share"] / line["share"].max()).tolist())

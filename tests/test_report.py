@@ -2,11 +2,8 @@
 
 import base64
 import io
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -120,11 +117,9 @@ def stored(place, bench):
     return Path("page.html").read_text()
 
 
-def test_the_same_results_are_the_same_page(stored):
-    """In another process, read from the store."""
-    command = [sys.executable, "-m", "robustbench_lite", "leaderboard", "runs", "--html", "again.html"]
-    path = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONHASHSEED": "7"}
-    subprocess.run(command, check=True, env=path, capture_output=True)
+def test_the_same_results_are_the_same_page(stored, bench):
+    """Read from the store, too."""
+    assert bench("leaderboard runs --html again.html").code == 0
     assert Path("again.html").read_text() == stored
 
 
@@ -244,10 +239,10 @@ def opened(chromium, tmp_path):
     """Opens a page; at the end it must have been silent, and have asked for nothing but itself."""
     contexts, heard = [], []
 
-    def look(text: str, width: int = 1280, scheme: str = "light") -> Any:
+    def look(text: str, width: int = 1280) -> Any:
         file = tmp_path / "page.html"
         file.write_text(text, "utf-8")
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme))
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 800}))
         tab = contexts[-1].new_page()
         tab.set_default_timeout(5000)
         tab.on("console", lambda message: heard.append(message.text))
@@ -280,7 +275,8 @@ def test_the_leaderboard_sorts_both_ways(opened):
         head.get_by_role("button").click()
         assert head.get_attribute("aria-sort") == direction
         values = tab.locator("#leaderboard .sortable tbody tr").evaluate_all(
-            "(rows, at) => rows.map(row => Number(row.cells[at].dataset.value))", head.evaluate("node => node.cellIndex")
+            "(rows, at) => rows.map(row => Number(row.cells[at].dataset.value))",
+            head.evaluate("node => node.cellIndex"),
         )
         assert values == sorted(values)[::order]
         assert len(set(values)) > 2
@@ -304,9 +300,9 @@ def test_the_whole_page_filters(opened):
     assert shown(tab, DEFENSES) == ["madry"]
     assert shown(tab, "#curves figcaption .name") == ["madry"]  # over all eps
     tab.get_by_label("Threat").select_option("")
-    tab.get_by_label("Flag", exact=True).select_option("one-step")
+    tab.locator("[name=flags]").select_option("one-step")
     assert shown(tab, DEFENSES) == ["flagged"]
-    tab.get_by_label("Flag", exact=True).select_option("none")
+    tab.locator("[name=flags]").select_option("none")
     assert sorted([*shown(tab, DEFENSES), "flagged"]) == sorted(everything)
 
 
@@ -333,17 +329,18 @@ def test_hostile_names_do_nothing_in_a_browser(opened):
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_in_the_way_of_those_who_see_little(opened, scheme):
+def test_nothing_is_in_the_way_of_those_who_see_little(opened):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    tab = opened(page(*board(), proofs=(proof(),)), 390, scheme)
+    tab = opened(page(*board(), proofs=(proof(),)), 390)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     tab.evaluate(OPEN)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     tab.evaluate("document.querySelectorAll('.data:not(#matrix .data)').forEach(one => { one.open = false; })")
-    found = axe.Axe().run(tab).response
-    assert len(found["passes"]) > 20
-    assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
+    for scheme, rules in (("light", {}), ("dark", {"runOnly": ["color-contrast"]})):
+        tab.emulate_media(color_scheme=scheme)
+        found = axe.Axe().run(tab, options=rules).response
+        assert "color-contrast" in {one["id"] for one in found["passes"]}
+        assert [(one["id"], one["nodes"][0]["html"]) for one in found["violations"]] == []
 
 
 def proof() -> Proof:
