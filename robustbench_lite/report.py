@@ -209,7 +209,7 @@ def _heats(part: Part) -> Iterator[Row]:
         for _, line in block.groupby("line", sort=False):
             found = {row["attack"]: row for row in records(line)}
             cells = [_heat(found[attack]) if attack in found else None for attack in attacks]
-            lines.append({"about": part.about(records(line)[0]), "cells": cells})
+            lines.append({"about": part.about(records(line.head(1))[0]), "cells": cells})
         threat = threat_of({"norm": norm, "eps": eps})
         where = ", ".join([*[part.name] * bool(part.name), str(dataset), threat, *[f"seed {seed}"] * bool(seed)])
         yield {"where": where, "attacks": attacks, "lines": lines}
@@ -254,7 +254,7 @@ def _curves(part: Part) -> Iterator[Panel]:
     for _, rows in frame.groupby(list(CURVES[:7]), sort=False, dropna=False):
         chart = Chart(SIZES[rows["norm"].iloc[0]], "robust accuracy, %", float(rows["eps"].max()))
         _draw(chart, rows, ["eps", "robust_accuracy", "robust_low", "robust_high"])
-        yield Panel(part.about(records(rows[[*set(figures.ABOUT) - {"eps"}]])[0]), chart)
+        yield Panel(part.about(records(rows.head(1).drop(columns="eps"))[0]), chart)
 
 
 def _queries(part: Part) -> Iterator[Panel]:
@@ -262,7 +262,7 @@ def _queries(part: Part) -> Iterator[Panel]:
     for rows in _lines(part.tables["queries"]):
         chart = Chart("forward passes for an input", "success, %", float(rows["forwards"].max()), log=True)
         _draw(chart, rows, ["forwards", "success"])
-        yield Panel(part.about(records(rows)[0]), chart)
+        yield Panel(part.about(records(rows.head(1))[0]), chart)
 
 
 def _draw(chart: Chart, rows: pd.DataFrame, columns: list[str]) -> None:
@@ -280,7 +280,7 @@ def _distances(part: Part) -> Iterator[Panel]:
             steps = "".join(f"V{1 - share:.3f}h1" for share in (line["share"] / line["share"].max()).tolist())
             bars.append((str(attack), f"M0,1{steps}V1Z", int(line["inputs"].sum())))
         axis = (DISTANCES[rows["norm"].iloc[0]], f"{rows['up_to'].max():.4g}")
-        yield Panel(part.about(records(rows)[0]), bars=bars, axis=axis)
+        yield Panel(part.about(records(rows.head(1))[0]), bars=bars, axis=axis)
 
 
 def _lines(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:

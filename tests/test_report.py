@@ -270,6 +270,7 @@ OPEN = "document.querySelectorAll('details').forEach(one => { one.open = true; }
 def test_the_leaderboard_sorts_both_ways(opened):
     tab = opened(page(*board()))
     head = tab.get_by_role("columnheader", name="robust, %")
+    column = head.evaluate("node => node.cellIndex")
     assert head.get_attribute("aria-sort") is None
     for direction, order in (("ascending", 1), ("descending", -1)):
         head.get_by_role("button").click()

@@ -1,5 +1,5 @@
-"""What the harness costs: beside the model under PGD, to read a matrix that is stored and to show it as a page, and what
-a second worker brings.
+"""What the harness costs: beside the model under PGD, to read a matrix that is stored, to show it; and what a
+second worker brings.
 
 python benchmarks/speed/harness.py
 """
