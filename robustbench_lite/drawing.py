@@ -40,23 +40,23 @@ def draw(results: Results, folder: Path, kind: str) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (frame, figure) in drawn.items():
             for key, rows in frame.groupby(BLOCK, sort=False) if len(frame) else ():
-                path = folder / _file(name, *key, kind=kind)
+                path = folder / _file(name, key, kind)
                 with rc_context(STYLE):
                     figure(rows).savefig(path, format=kind, metadata=UNDATED.get(kind))
                 yield path
-        for (dataset, norm, seed), rows in figures.security(entries).groupby(["dataset", "norm", "seed"], sort=False):
-            path = folder / _file("curves", dataset, norm, None, seed, kind=kind)
+        for key, rows in figures.security(entries).groupby(["dataset", "norm", "seed"], sort=False):
+            path = folder / _file("curves", key, kind)
             curves.plot(rows, path, kind)
             yield path
     except OSError as error:
         raise ValueError(f"cannot write figures into {folder}: {error.strerror or error}") from error
 
 
-def _file(name: str, dataset: str, norm: str, eps: float | None, seed: int, kind: str) -> str:
-    """Such as ``matrix-mnist-linf-8_255.svg``."""
-    at = [] if eps is None else [eps_text(eps)]
-    parts = [name, dataset, norm, *at, *[f"seed{seed}"] * bool(seed)]
-    return "-".join(re.sub(r"[^\w.]+", "_", str(part))[:60] for part in parts) + f".{kind}"
+def _file(name: str, block: Any, kind: str) -> str:
+    """Such as ``matrix-mnist-linf-8_255.svg``, of a block with or without an eps."""
+    dataset, norm, *eps, seed = block
+    parts = [name, dataset, norm, *map(eps_text, eps), *[f"seed{seed}"] * bool(seed)]
+    return "-".join(re.sub(r"[^\w.]+", "_", part)[:60] for part in parts) + f".{kind}"
 
 
 def _matrix(rows: pd.DataFrame) -> Figure:

@@ -114,15 +114,18 @@ def html(parts: Sequence[Part], data_dir: Path | None = None) -> str:
     environment.filters["percent"] = _percent
     shown = list(_gallery(parts, data_dir))
     boards = [row for part in parts for row in _board(part)]
+    proofs = [row for part in parts for row in _proofs(part)]
+    abouts = [row["about"] for row in boards] + [about for about, _ in proofs]
     return environment.from_string(text["html"]).render(
         version=__version__,
         css=text["css"],
         js=text["js"],
         board=boards,
         heads=_told(boards),
-        choices={name: sorted({row["about"][name] for row in boards}) for name in ("dataset", "threat")},
+        choices={name: list(dict.fromkeys(about[name] for about in abouts)) for name in ("dataset", "threat")},
         flags=sorted({flag for row in boards for flag in row["flags"]}),
         heats=[heat for part in parts for heat in _heats(part)],
+        proofs=proofs,
         curves=[panel for part in parts for panel in _curves(part)],
         distances=[panel for part in parts for panel in _distances(part)],
         queries=[panel for part in parts for panel in _queries(part)],
@@ -243,6 +246,15 @@ def luminance(colour: str) -> float:
 
 def _rgb(colour: str) -> NDArray[np.float64]:
     return np.array([int(colour[at : at + 2], 16) for at in (0, 2, 4)], float)
+
+
+def _proofs(part: Part) -> Iterator[tuple[Row, Row]]:
+    """What each certifier proves."""
+    for row in records(part.tables["certificates"]):
+        yield (
+            part.about(row | {"adaptive": True}),
+            row | {"span": _span(row["certified_low"], row["certified_high"])},
+        )
 
 
 # Charts
