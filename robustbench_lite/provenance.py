@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -30,20 +30,21 @@ class Origin:
 
 def origins(results: Results) -> Iterator[Origin]:
     """Of every leaderboard row, and of what was only certified."""
-    groups: list[Sequence[Entry | Proof]] = [*grouped(results.entries)]
-    attacked = {group[0].row for group in groups}
-    alone: dict[tuple[Any, ...], list[Entry | Proof]] = {}
+    groups = [*grouped(results.entries)]
+    proofs: dict[tuple[Any, ...], list[Proof]] = {}
     for proof in results.proofs:
-        if proof.row not in attacked:
-            alone.setdefault(proof.row, []).append(proof)
-    for group in [*groups, *alone.values()]:
-        first = group[0]
-        proofs = [proof for proof in results.proofs if proof.row == first.row and proof not in group]
+        proofs.setdefault(proof.row, []).append(proof)
+    rows = [(group, proofs.get(group[0].row, []) if group[0].adaptive else []) for group in groups]
+    attacked = {group[0].row for group in groups}
+    rows += [([], found) for row, found in proofs.items() if row not in attacked]
+    for attacks, beside in rows:
+        first = [*attacks, *beside][0]
         if first.cell is not None:
-            yield _origin([*group, *proofs] if first.adaptive else group, first.cell)
+            yield _origin(attacks, beside, first.cell)
 
 
-def _origin(group: Sequence[Entry | Proof], cell: Cell) -> Origin:
+def _origin(attacks: Sequence[Entry], proofs: Sequence[Proof], cell: Cell) -> Origin:
+    group: list[Entry | Proof] = [one for one in (*attacks, *proofs) if one.cell is not None]
     model, about = cell.identity["model"], cell.about
     facts = {
         "data (SHA-256)": str(cell.identity["data"]),
@@ -57,33 +58,32 @@ def _origin(group: Sequence[Entry | Proof], cell: Cell) -> Origin:
     }
     plugins = []
     for one in group:
-        if one.cell is not None:
-            known = one.cell.identity[one.kind]
-            settings = ", ".join(f"{name}={value}" for name, value in known.get("settings", {}).items())
-            plugins.append((one.plugin, settings, str(known.get("version", "")), str(known.get("origin", ""))))
+        known = cast("Cell", one.cell).identity[one.kind]
+        settings = ", ".join(f"{name}={value}" for name, value in known.get("settings", {}).items())
+        plugins.append((one.plugin, settings, str(known.get("version", "")), str(known.get("origin", ""))))
     return Origin(group[0], {name: text for name, text in facts.items() if text}, plugins, list(_commands(group)))
 
 
 def _commands(group: Sequence[Entry | Proof]) -> Iterator[str]:
     """One for the attacks with the certifiers beside them, and one for certifiers that searched for radii."""
-    attacks = [one for one in group if isinstance(one, Entry) and one.cell is not None]
-    proofs = [one for one in group if isinstance(one, Proof) and one.cell is not None]
-    beside = [one for one in proofs if attacks and not one.cell.identity["search"]]  # type: ignore[union-attr]
-    alone = [one for one in proofs if one not in beside]
+    attacks = [one for one in group if isinstance(one, Entry)]
+    searched, plain = ([one for one in group if _searched(one) is search] for search in (True, False))
     if attacks:
-        yield _command(["robust-bench", "--attack", _specs(attacks)], attacks[0], _certify("--certify", beside))
-    for search in (False, True):
-        if some := [one for one in alone if one.cell.identity["search"] is search]:  # type: ignore[union-attr]
-            command = ["robust-bench", "certify", "--method", _specs(some)]
-            yield _command(command, some[0], ["--radius"] * search)
+        beside = ["--certify", _specs(plain)] if plain else []
+        yield _command(["robust-bench", "--attack", _specs(attacks)], attacks[0], beside)
+    elif plain:
+        yield _command(["robust-bench", "certify", "--method", _specs(plain)], plain[0], [])
+    if searched:
+        yield _command(["robust-bench", "certify", "--method", _specs(searched)], searched[0], ["--radius"])
+
+
+def _searched(one: Entry | Proof) -> bool | None:
+    """Whether a certifier searched for radii; None of an attack."""
+    return cast("Cell", one.cell).identity.get("search") if isinstance(one, Proof) else None
 
 
 def _specs(found: Sequence[Entry | Proof]) -> str:
-    return ",".join(dict.fromkeys(str(one.cell.about[one.kind]) for one in found if one.cell is not None))
-
-
-def _certify(option: str, proofs: Sequence[Proof]) -> list[str]:
-    return [option, _specs(proofs)] if proofs else []
+    return ",".join(dict.fromkeys(str(cast("Cell", one.cell).about[one.kind]) for one in found))
 
 
 def _command(words: list[str], one: Entry | Proof, more: list[str]) -> str:

@@ -193,11 +193,17 @@ def test_parts_are_ranked_by_themselves(place, bench):
     assert text.count("<caption>one, digits, linf 0.1") == text.count("<caption>two, digits, linf 0.1") == 1
 
 
-def test_what_is_only_certified_has_a_page_too():
-    text = page(proofs=(proof(),))
-    assert "crown" in text
-    assert "<strong>25.0</strong> <small>16.8 to 35.5</small>" in text  # 20 of 80; Wilson's interval
+def test_what_is_only_certified_has_a_page_too(stored, bench):
+    command = "certify --method ibp,crown --radius --model model.py:load --dataset digits --n 5 --eps 0.01 --out proofs"
+    assert bench(command).code == 0
+    assert bench("leaderboard proofs --html proofs.html").code == 0
+    text = Path("proofs.html").read_text()
     assert 'id="matrix"' not in text
+    assert len(re.findall(r"<tr data-row.*<strong>", text)) == 2
+    assert re.findall("<code>(.*?)</code></pre>", text) == [
+        "robust-bench certify --method crown,ibp --model model.py:load "
+        "--dataset digits --threat linf:0.01 --radius --n 5"
+    ]
 
 
 def test_a_suite_is_a_page_of_its_blocks(stored, bench):
