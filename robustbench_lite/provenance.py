@@ -44,7 +44,8 @@ def origins(results: Results) -> Iterator[Origin]:
 
 
 def _origin(attacks: Sequence[Entry], proofs: Sequence[Proof], cell: Cell) -> Origin:
-    group: list[Entry | Proof] = [one for one in (*attacks, *proofs) if one.cell is not None]
+    every: list[Entry | Proof] = [*attacks, *proofs]
+    group = [one for one in every if one.cell is not None]
     model, about = cell.identity["model"], cell.about
     facts = {
         "data (SHA-256)": str(cell.identity["data"]),
