@@ -90,7 +90,7 @@ class Table:
     @property
     def rows(self) -> Iterator[list[str]]:
         """As texts."""
-        for row in self.frame.itertuples(index=False):
+        for row in _filled(self.frame).itertuples(index=False):
             yield [_plain(value) for value in row]
 
 
@@ -316,7 +316,12 @@ def _gallery(parts: Sequence[Part], data_dir: Path | None) -> Iterator[tuple[Row
 
 def records(frame: pd.DataFrame) -> list[Row]:
     """The rows of a table, with None where there is nothing."""
-    return cast("list[Row]", frame.astype(object).where(frame.notna(), None).to_dict("records"))
+    return cast("list[Row]", _filled(frame).to_dict("records"))
+
+
+def _filled(frame: pd.DataFrame) -> pd.DataFrame:
+    """With None in place of every other way to say nothing."""
+    return frame.astype(object).where(frame.notna(), None)
 
 
 def threat_of(row: Row) -> str:
@@ -334,6 +339,6 @@ def _percent(fraction: float | None) -> str:
 
 def _plain(value: Any) -> str:
     """A figure of a table as text: at most six digits, and nothing where there is none."""
-    if value is None or value != value:
+    if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -206,6 +206,16 @@ def test_what_is_only_certified_has_a_page_too(stored, bench):
     ]
 
 
+def test_what_others_report_is_in_the_leaderboard(stored, bench):
+    Path("Linf").mkdir()
+    theirs = (
+        '{"name": "T", "dataset": "digits", "architecture": "net", "eps": "8/255", "clean_acc": 90, "external": 50}'
+    )
+    Path("Linf/Theirs.json").write_text(theirs)
+    assert bench("leaderboard runs --with-robustbench Linf --html both.html").code == 0
+    assert '<span class="name">reported</span>' in Path("both.html").read_text()
+
+
 def test_a_suite_is_a_page_of_its_blocks(stored, bench):
     blocks = "".join(f'[block.{name}]\nthreat = ["linf:0.1"]\nattack = ["fgsm"]\nn = {n}\n' for name, n in SIZES)
     Path("mine.toml").write_text(
