@@ -97,6 +97,7 @@ def run(
     ] = True,
     csv: options.Csv = None,
     table: options.Table = None,
+    html: options.Html = None,
     matrix: Annotated[
         Path | None, typer.Option(help="Write the matrix, attack by defense.", rich_help_panel=RESULTS)
     ] = None,
@@ -136,7 +137,7 @@ def run(
     inputs = options.described(mean, std, bounds, probabilities, access)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
-    files = [file for file in (csv, table, matrix, rows, save_adversarials, save_patch) if file is not None]
+    files = [file for file in (csv, table, html, matrix, rows, save_adversarials, save_patch) if file is not None]
     options.writable(*files)
     options.exported(table)
     if save_patch is not None and save_patch.suffix.lower() != ".png":
@@ -190,6 +191,7 @@ def run(
     )
     running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     running.export(table, results.leaderboard)
+    running.page(html, {"": results}, data_dir)
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
     if save_patch is not None:
@@ -402,12 +404,13 @@ def run_suite(
     fresh: options.Fresh = False,
     csv: options.Csv = None,
     table: options.Table = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
     described = options.described(mean, std, bounds, probabilities, access)
-    files = [file for file in (csv, table) if file is not None]
+    files = [file for file in (csv, table, html) if file is not None]
     options.writable(*files)
     options.exported(table)
     defenses, errors = options.specs(defense), running.stderr()
@@ -439,6 +442,7 @@ def run_suite(
         running.show(found[name], as_json=False)
     running.write({csv: lambda: suites.leaderboard(protocol, found)})
     running.export(table, lambda: suites.leaderboard(protocol, found))
+    running.page(html, {f"{protocol}, {name}": results for name, results in found.items()}, data_dir)
     running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
     raise typer.Exit(running.verdict(found.values(), errors))
 

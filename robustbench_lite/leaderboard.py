@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from robustbench_lite.store import Cell
+
 LEADERBOARD = (
     "rank",
     "dataset",
@@ -128,6 +130,7 @@ class Setting:
     seed: int
     adaptive: bool = True  # or the attack was blind to the last wrapper
     subject: str = ""  # tells apart models, and data, that go by one name
+    cell: Cell | None = None  # where it is stored
 
     kind: ClassVar[str]
 

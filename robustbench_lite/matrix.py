@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustbench_lite import audit, comparison, curves, data, exports, leaderboard
+from robustbench_lite import audit, comparison, curves, data, exports, leaderboard, report
 from robustbench_lite.claims import Claims
 from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
@@ -99,6 +99,15 @@ class Results:
     def to_csv(self, path: str | Path) -> None:
         """Writes the leaderboard."""
         write_csv(self.leaderboard(), Path(path))
+
+    def to_html(self, path: str | Path, data_dir: str | Path | None = None) -> None:
+        """Writes all there is to see as one page; see :mod:`robustbench_lite.report`. Clean images for its gallery are
+        looked for in ``data_dir``, as for a run.
+
+        Raises:
+            ValueError: where the file cannot be written.
+        """
+        write_html([report.Part(self, self.leaderboard())], Path(path), _path(data_dir))
 
     @property
     def unknown(self) -> int:
@@ -324,7 +333,9 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
     for cell, outcome in outcomes:
         own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == place_of(cell)} - {None}
         for eps in elsewhere | store.asked(cell) if own is None else [own]:
-            entries.append(entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
+            entry = entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome)
+            learned = store.learned(cell)
+            entries.append(entry if learned is None else replace(entry, learned=learned.float().numpy()))
     return _in_order([*entries, *proofs, *probes])
 
 
@@ -363,6 +374,16 @@ def write_table(board: pd.DataFrame, path: Path) -> None:
     """
     with _replacing(path) as part:
         part.write_text(exports.text(board, path), "utf-8", newline="\n")
+
+
+def write_html(parts: Sequence[report.Part], path: Path, data_dir: Path | None) -> None:
+    """Writes a page of results, those that are ranked by themselves a part each.
+
+    Raises:
+        ValueError: where the file cannot be written.
+    """
+    with _replacing(path) as part:
+        part.write_text(report.html(parts, data_dir), "utf-8", newline="\n")
 
 
 def _in_order(found: Sequence[leaderboard.Found]) -> Results:

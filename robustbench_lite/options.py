@@ -124,6 +124,9 @@ Table = Annotated[
         rich_help_panel=RESULTS,
     ),
 ]
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Write all there is to see as one page.", rich_help_panel=RESULTS)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON.", rich_help_panel=TALK)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tables only.", rich_help_panel=TALK)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="A line for each piece of work.", rich_help_panel=TALK)]

@@ -365,6 +365,7 @@ def _setting(cell: Cell, eps: float) -> dict[str, Any]:
         **{name: cell.identity[name] for name in ("norm", "seed")},
         "eps": eps,
         "subject": " ".join(place_of(cell)[:2]),
+        "cell": cell,
     }
 
 
