@@ -176,7 +176,7 @@ def known(attacks: list[str], certifiers: list[str], defenses: list[str]) -> Non
             if spec != "all":
                 registry.make(kind, spec)
     for chain in defenses:
-        for link in registry.split_chain(chain):
+        for link in registry.split_chain(registry.split_source(chain)[0]):
             if link not in ("all", "none"):
                 registry.make("defense", link)
 
