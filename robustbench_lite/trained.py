@@ -221,9 +221,9 @@ class Workshop:
         Raises:
             ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
         """
-        place, plain = self.at(chain)
-        if place is not self:
-            return place.links(plain)
+        elsewhere, plain = self.at(chain)
+        if elsewhere is not self:
+            return elsewhere.links(plain)
         if not self.own and self.inputs != AS_IS:
             raise ValueError("mean, std, bounds, probabilities and access describe a model of yours; give it")
         self._check_access()
