@@ -1,0 +1,7 @@
+"""The contracts of plugins, for tests of one's own: each check is a function that raises AssertionError with a
+sentence."""
+
+from robustbench_lite.testing.attacks import Bar as Bar
+from robustbench_lite.testing.attacks import attack_checks as attack_checks
+from robustbench_lite.testing.attacks import check_attack as check_attack
+from robustbench_lite.testing.common import Check as Check
