@@ -192,11 +192,11 @@ def same_seed_same_answer(attack: Attack, norm: str, bar: Bar) -> None:
     """Chance comes from the problem's noise alone."""
     net, x, y = convolutional(40)
     run = partial(judged, attack, net, x, y, threat(norm, 2 * DISTANCE[norm]), keep_all=True)
-    with keyed("problem.noise.at(...)"):
-        first = run(seed=0)
+    first = run(seed=0)
     require(BROKEN in first.status, f"of a small network at {2 * DISTANCE[norm]:g} it breaks nothing: {seen(first)}")
-    again = differs(first, run(seed=0))
-    require(not again, f"the same seed gave another answer: {again} differs; draw from problem.noise.at(...)")
+    with keyed("problem.noise.at(...)"):
+        again = differs(first, run(seed=0))
+    require(not again, f"the same seed gives another answer, {again} differs: draw from problem.noise.at(...)")
     other = run(seed=1)
     common = np.isin(first.imaged, other.imaged), np.isin(other.imaged, first.imaged)
     same = np.array_equal(first.images[common[0]], other.images[common[1]])
