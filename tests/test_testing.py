@@ -23,7 +23,7 @@ from robustbench_lite.testing import (
     check_defense,
     defense_checks,
 )
-from robustbench_lite.testing.nets import DUAL
+from robustbench_lite.testing.nets import DUAL, Flattened
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.training import Lab
 from tests.nets import Scripted
@@ -59,6 +59,10 @@ def by_place(problem: Problem) -> Tensor:
     return shaken(torch.randn(problem.x.shape, generator=torch.Generator().manual_seed(0)), problem)
 
 
+def drifting(number: count) -> Callable[[Problem], Tensor]:
+    return lambda problem: shaken(next(number) + 0 * problem.x, problem)
+
+
 def untargeted(problem: Problem) -> Tensor:
     return step(problem, lambda goal, logits: Goal(goal.labels).cross_entropy(logits))
 
@@ -79,7 +83,7 @@ def numb(problem: Problem) -> Tensor:
 def dividing(problem: Problem) -> Tensor:
     gradient, _ = problem.gradient(problem.x)
     way = gradient / gradient.flatten(1).norm(dim=1).view(-1, *[1] * (problem.x.dim() - 1))
-    return problem.threat.project(problem.x + way.sign() * problem.threat.eps, problem.x)
+    return problem.x + way * problem.threat.eps
 
 
 def reciprocal(problem: Problem) -> Tensor:
@@ -98,7 +102,7 @@ BROKEN_ATTACKS = [
     ("sees_no_more_than_it_declares-linf", Scripted(by_hand, access="scores"), "followed the model's gradients"),
     ("stays_within-linf", Scripted(leaving), "outside the ball"),
     ("same_seed_same_answer-linf", Scripted(lambda p: shaken(torch.randn_like(p.x), p)), "generator of torch"),
-    ("same_seed_same_answer-linf", Scripted(lambda p, n=count(1): shaken(next(n) + 0 * p.x, p)), "same seed gives"),
+    ("same_seed_same_answer-linf", Scripted(drifting(count())), "same seed gives"),
     ("same_rows_whatever_the_batch_and_the_order-linf", Scripted(by_place), "in batches of 16"),
     ("random_targets_do_not_depend_on_the_chunk-linf", Scripted(by_place), "the last chunk alone"),
     ("reaches_its_target-linf-1-3", Scripted(untargeted), "target"),
@@ -153,25 +157,18 @@ def declared(**fields):
         ({"norms": {"linf"}}, "names its norms"),
         ({"norms": frozenset({"l7"})}, "names its norms"),
         ({"access": "everything"}, "labels, scores, gradients, not 'everything'"),
-        ({"__annotations__": {"weights": list}, "weights": None}, "its spec"),
+        ({"__eq__": lambda self, other: False, "__hash__": id}, "makes another one"),
     ],
-    ids=["docstring", "set", "norm", "access", "setting"],
+    ids=["docstring", "set", "norm", "access", "equality"],
 )
 def test_a_declaration_that_says_too_little_is_caught(fields, said):
-    if "weights" in fields:
-        fields = {
-            "__annotations__": {"width": float},
-            "width": 1.0,
-            "__eq__": lambda self, other: False,
-            "__hash__": id,
-        }
     with pytest.raises(AssertionError, match=said):
         dict(attack_checks(declared(**fields)))["declaration"]()
 
 
 def test_a_sentence_says_which_check_it_comes_from():
     for hold, plugin in ((check_attack, ASKS_MORE), (check_defense, Guards(Defended)), (check_certifier, Says(flat))):
-        with pytest.raises(AssertionError, match="^declaration: .* is not registered"):
+        with pytest.raises(AssertionError, match=r"^declaration: .* is not registered"):
             hold(plugin)
 
 
@@ -224,6 +221,10 @@ def biased(number: count) -> Callable[[nn.Module], Defended]:
     return call
 
 
+def rising(number: count) -> Callable[[Defended, Tensor, Noise | None], Tensor]:
+    return lambda self, x, noise: self.within(x, noise) + next(number)
+
+
 class Wakeful(Defended):
     def eval(self):
         return self.train()
@@ -239,8 +240,8 @@ BROKEN_DEFENSES = [
         told(lambda self, x, noise: self.within(x + torch.rand_like(x), noise)),
         "generator of torch",
     ),
-    ("answers_are_keyed", told(lambda self, x, noise, n=count(): self.within(x, noise) + next(n)), "say stochastic"),
-    ("answers_are_keyed", told(lambda self, x, noise, n=count(): self.within(x, noise) + next(n), True), "same noise"),
+    ("answers_are_keyed", told(rising(count())), "say stochastic"),
+    ("answers_are_keyed", told(rising(count()), True), "same noise"),
     (
         "answers_do_not_depend_on_the_batch",
         told(lambda self, x, noise: self.within(x - x.mean(0), noise)),
@@ -285,49 +286,56 @@ def test_the_defense_that_they_spoil_is_sound():
 
 # Certifiers
 
+BATCHES = "same_answer_whatever_the_batch_and_the_order-linf"
+
 
 @dataclass(frozen=True)
 class Says:
-    """A certifier that multiplies a radius, made of margins and slopes, by what it is told."""
+    """A certifier that is exact on linear models, and makes of its margins what it is told."""
 
-    call: Callable[[Tensor, Tensor, Tensor], Tensor]
+    call: Callable[[Callable[[float], Tensor], float], Tensor]  # margins at any eps, and the eps that is asked about
     surrogate: bool = False  # goes by what attacks are shown
     norms: ClassVar[frozenset[str]] = frozenset({"linf"})
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
+        if not self.surrogate and any(isinstance(module, Flattened) for module in model.modules()):
+            raise ValueError("it is not for a model with a surrogate")
         with torch.enable_grad():
-            at = x.clone().requires_grad_()
-            if type(model).surrogate is not Defended.surrogate and not self.surrogate:
-                raise ValueError("not for a model with a surrogate")
+            at, label = x.clone().requires_grad_(), y.unsqueeze(1)
             logits = model.differentiable(at)
-            margin = Goal(y).margin(logits).neg()
-            slopes = torch.stack([self.slope(logits, y, other, at, threat) for other in range(logits.shape[1])], 1)
-        gap = (logits.gather(1, y.unsqueeze(1)) - logits).detach()
-        radius = (gap / slopes).scatter(1, y.unsqueeze(1), torch.inf).amin(1).clamp_min(0)
-        radius = self.call(radius, margin.detach(), x)
-        return Certificate.of_margins(torch.where(radius > threat.eps, 1.0, -1.0) * 1e-3, y, threat.eps)
+            gap = logits.gather(1, label) - logits
+            ways = [torch.autograd.grad(one.sum(), at, retain_graph=True)[0].flatten(1) for one in gap.unbind(1)]
+        slopes = DUAL[threat.norm.name](torch.stack(ways, 1))
 
-    def slope(self, logits: Tensor, y: Tensor, other: int, at: Tensor, threat: ThreatModel) -> Tensor:
-        difference = logits.gather(1, y.unsqueeze(1))[:, 0] - logits[:, other]
-        (gradient,) = torch.autograd.grad(difference.sum(), at, retain_graph=True)
-        return DUAL[threat.norm.name](gradient.flatten(1)).clamp_min(1e-12)
+        def margins(eps: float) -> Tensor:
+            return (gap.detach() - eps * slopes).scatter(1, label, torch.inf).amin(1)
+
+        return Certificate.of_margins(self.call(margins, threat.eps), y, threat.eps)
 
 
-def flat(radius: Tensor, margin: Tensor, x: Tensor) -> Tensor:
-    return radius
+class Spoils(Says):
+    def __call__(self, model: Defended, *asked) -> Certificate:
+        for weight in model.parameters():
+            weight.data /= 2
+        return super().__call__(model, *asked)
+
+
+def flat(margins: Callable[[float], Tensor], eps: float) -> Tensor:
+    return margins(eps)
 
 
 BROKEN_CERTIFIERS = [
-    ("never_beyond_the_exact_distance-linf", Says(lambda r, m, x: r + 1), "inputs are verified within .*, though"),
-    ("never_beyond_the_exact_distance-linf", Says(lambda r, m, x: 1.1 * r), "inputs are verified within .*, though"),
-    ("goes_by_what_the_model_answers-linf", Says(flat, surrogate=True), "inputs are verified within .*, though"),
-    ("proves_something-linf", Says(lambda r, m, x: 0 * r), "verifies nothing"),
-    ("a_wrong_label_is_never_certified-linf", Says(lambda r, m, x: r + 1), "for what the model does not say"),
-    ("a_model_that_says_nothing_is_never_certified-linf", Says(lambda r, m, x: 0 * r.nan_to_num() + 1), "with NaN"),
-    ("same_answer_whatever_the_batch_and_the_order-linf", Says(lambda r, m, x: r - r + r.mean()), "answer is another"),
-    ("same_answer_whatever_the_batch_and_the_order-linf", Says(lambda r, m, x: r + 0 * torch.rand(1)), "of torch"),
-    ("same_answer_whatever_the_batch_and_the_order-linf", Says(lambda r, m, x: r + 0 * x.zero_().sum()), "the inputs"),
-    ("as_far_as_the_exact_distance-linf", Says(lambda r, m, x: 0.9 * r), "that hold within .* are not verified"),
+    ("never_beyond_the_exact_distance-linf", Says(lambda m, eps: m(eps) * 0 + 1), "verified within .*, though"),
+    ("never_beyond_the_exact_distance-linf", Says(lambda m, eps: m(eps / 1.1)), "verified within .*, though"),
+    ("never_beyond_the_exact_distance-linf", Says(lambda m, eps: m(eps) * 2), "margins are larger"),
+    ("goes_by_what_the_model_answers-linf", Says(flat, surrogate=True), "verified within .*, though"),
+    ("proves_something-linf", Says(lambda m, eps: m(eps) - 1e9), "verifies nothing"),
+    ("a_wrong_label_is_never_certified-linf", Says(lambda m, eps: m(eps).abs()), "what the model does not say"),
+    ("a_model_that_says_nothing_is_never_certified-linf", Says(lambda m, eps: m(eps).nan_to_num() + 1), "with NaN"),
+    (BATCHES, Says(lambda m, eps: m(eps) - m(eps) + m(eps).mean()), "its answer is another"),
+    (BATCHES, Says(lambda m, eps: m(eps) + 0 * torch.rand(1)), "generator of torch"),
+    (BATCHES, Spoils(flat), "changes the model"),
+    ("as_far_as_the_exact_distance-linf", Says(lambda m, eps: m(eps / 0.9)), "that hold within .* are not verified"),
     ("declaration", Says(flat), "not registered"),
 ]
 

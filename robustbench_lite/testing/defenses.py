@@ -115,8 +115,11 @@ def works_around_another_wrapper(defense: Defense, sources: Sources) -> None:
     inner = Coarse(net).eval()
     made = guarded_by(defense, sources, inner)
     require(made.stochastic, "around a defense that answers at random it does not say that it does: stochastic")
-    repeatable(made, x)
-    followable(made, x, y)
+    try:
+        repeatable(made, x)
+        followable(made, x, y)
+    except ValueError as error:
+        raise AssertionError(f"around a defense that answers at random it raises: {error}") from error
 
 
 def trains_the_same_again(defense: Defense, sources: Sources) -> None:
