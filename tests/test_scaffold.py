@@ -1,5 +1,6 @@
 """Packages that robust-bench new begins: their tests pass as written, and once installed they are found."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from robustbench_lite import scaffold
+from robustbench_lite import registry, scaffold
 from robustbench_lite.registry import KINDS
+from robustbench_lite.testing import check_certifier, check_defense
 
 ROOT = Path(__file__).parents[1]
 SHRINKING = ROOT / "tests" / "packages" / "robust-bench-shrinking-steps"
@@ -49,17 +51,27 @@ def test_it_prints_the_next_two_commands(bench, place):
     assert "class MyAttack:" in (place / folder / "robust_bench_my_attack.py").read_text()
 
 
+@pytest.mark.parametrize("name", ["first", "x" * scaffold.LONGEST], ids=["short", "longest"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_it_writes_is_tidy_and_its_tests_pass(kind, tmp_path):
-    long = "x" * scaffold.LONGEST
-    for name in ("first", long):
-        folder = scaffold.write(kind, name, tmp_path)
-        for check in ("check", "format --check"):
-            ran = run("ruff", *check.split(), ".", folder=folder)
-            assert ran.returncode == 0, ran.stdout + ran.stderr
-    ran = run("pytest", "-p", "no:cacheprovider", tmp_path / "robust-bench-first", folder=tmp_path)
+def test_what_it_writes_is_tidy(kind, name, tmp_path):
+    folder = scaffold.write(kind, name, tmp_path)
+    for check in ("check", "format --check"):
+        ran = run("ruff", *check.split(), ".", folder=folder)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_its_tests_pass(tmp_path):
+    folder = scaffold.write("attack", "first", tmp_path)
+    ran = run("pytest", "-p", "no:cacheprovider", folder, folder=tmp_path)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "passed" in ran.stdout
+
+
+@pytest.mark.parametrize(("kind", "check"), [("defense", check_defense), ("certifier", check_certifier)])
+def test_what_its_tests_check_holds_for_the_other_kinds(kind, check, place):
+    folder = scaffold.write(kind, "first", place)
+    registry.load_file(folder / "robust_bench_first.py")
+    check(registry.make(kind, "first"))
 
 
 @pytest.mark.parametrize(
@@ -95,10 +107,8 @@ def test_installed_it_is_found_and_runs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     ran = run("robustbench_lite", "attacks", "shrinking-steps", folder=tmp_path, path=installed)
     assert "shrinking-steps  (entry-point:robust-bench-shrinking-steps==0.1.0)" in ran.stdout, ran.stderr
-    line = "--attack shrinking-steps:steps=3 --model model.py:load --dataset digits --threat linf:0.1 --n 50 --json"
+    line = "--attack shrinking-steps:steps=3 --model model.py:load --dataset digits --threat linf:0.1 --n 50 --json --no-audit"
     ran = run("robustbench_lite", *line.split(), folder=tmp_path, path=installed)
     assert ran.returncode == 0, ran.stderr
-    assert (
-        '"worst_attack": "shrinking-steps:steps=3"' in ran.stdout
-        or '"worst_attack":"shrinking-steps:steps=3"' in ran.stdout
-    )
+    [row] = json.loads(ran.stdout)
+    assert (row["attacks"], row["examples"]) == ("shrinking-steps:steps=3", 50)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.certificate import Certificate
+from robustbench_lite.certificate import FALSIFIED, VERIFIED, Certificate
 from robustbench_lite.certifying import Court, certify_inputs
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import frozen
 from robustbench_lite.noise import Noise
-from robustbench_lite.outcome import ERROR, FALSIFIED, VERIFIED, Certified
+from robustbench_lite.outcome import ERROR, Certified
 from robustbench_lite.plugins import Certifier
 from robustbench_lite.testing.common import Check, declaration, keyed, require
 from robustbench_lite.testing.nets import DUAL, Flattened, convolutional, many_classes, nearest
@@ -75,7 +75,8 @@ def case(norm: str) -> Case:
     linear, x, _ = many_classes(5, count=120)
     x = 0.5 + 0.1 * (x - 0.5)
     y, distance = linear(x).argmax(1), nearest(linear, x, norm)
-    layer = nn.Linear(*reversed(linear.weight.shape))
+    classes, size = linear.weight.shape
+    layer = nn.Linear(size, classes)
     layer.load_state_dict(linear.state_dict())
     slopes = DUAL[norm](linear.weight - linear.weight[y].unsqueeze(1)).detach()
     return Case(nn.Sequential(nn.Flatten(), layer), x, y, distance, slopes, float(distance.clamp(max=NEAR).median()))

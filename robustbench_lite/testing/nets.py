@@ -24,7 +24,8 @@ class Linear(nn.Module):
         self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
+        logits: Tensor = x.flatten(1) @ self.weight.T + self.bias
+        return logits
 
 
 class Halfspace(NamedTuple):
@@ -109,16 +110,17 @@ def convolutional(
 ) -> tuple[nn.Module, Tensor, Tensor]:
     """A random convolutional net on 1x8x8, and inputs in [low, high] with the labels that it gives them."""
     random = torch.Generator().manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, classes)).eval()
+    last = nn.Linear(54, classes)
+    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), last).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.5)
     x = low + (high - low) * torch.rand(count, 1, 8, 8, generator=random)
     with torch.no_grad():
         centre = net(x).mean(0)
-        net[-1].bias -= centre
-        net[-1].weight *= sharpness
-        net[-1].bias *= sharpness
+        last.bias -= centre
+        last.weight *= sharpness
+        last.bias *= sharpness
         return net, x, net(x).argmax(1)
 
 
