@@ -107,8 +107,8 @@ def test_installed_it_is_found_and_runs(tmp_path):
     assert ran.returncode == 0, ran.stderr
     ran = run("robustbench_lite", "attacks", "shrinking-steps", folder=tmp_path, path=installed)
     assert "shrinking-steps  (entry-point:robust-bench-shrinking-steps==0.1.0)" in ran.stdout, ran.stderr
-    line = "--attack shrinking-steps:steps=3 --model model.py:load --dataset digits --threat linf:0.1 --n 50 --json --no-audit"
-    ran = run("robustbench_lite", *line.split(), folder=tmp_path, path=installed)
+    line = "--attack shrinking-steps:steps=3 --model model.py:load --dataset digits --threat linf:0.1 --n 50"
+    ran = run("robustbench_lite", *line.split(), "--no-audit", "--json", folder=tmp_path, path=installed)
     assert ran.returncode == 0, ran.stderr
     [row] = json.loads(ran.stdout)
     assert (row["attacks"], row["examples"]) == ("shrinking-steps:steps=3", 50)

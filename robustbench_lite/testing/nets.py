@@ -37,7 +37,8 @@ class Halfspace(NamedTuple):
         """``x`` moved towards the other class along the normal, the l2 way."""
         normal = self.model.weight[1] - self.model.weight[0]
         side = self.model(x).argmax(1).mul(-2).add(1).to(x).view(-1, *[1] * (x.dim() - 1))
-        return (x + distance * side * (normal / normal.norm()).view(x.shape[1:])).detach()
+        moved: Tensor = x + distance * side * (normal / normal.norm()).view(x.shape[1:])
+        return moved.detach()
 
 
 def corner_gains(way: Tensor, x: Tensor) -> Tensor:
@@ -118,9 +119,8 @@ def convolutional(
     x = low + (high - low) * torch.rand(count, 1, 8, 8, generator=random)
     with torch.no_grad():
         centre = net(x).mean(0)
-        last.bias -= centre
-        last.weight *= sharpness
-        last.bias *= sharpness
+        last.bias.sub_(centre).mul_(sharpness)
+        last.weight.mul_(sharpness)
         return net, x, net(x).argmax(1)
 
 
