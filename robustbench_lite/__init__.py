@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 __path__ += [str(toml.parent) for toml in Path(__file__).resolve().parents[1].glob("pyproject.toml")]
 
 if TYPE_CHECKING:
+    from robustbench_lite.blackbox import black_box as black_box
     from robustbench_lite.certifying import certify_inputs as certify_inputs
     from robustbench_lite.evaluation import evaluate as evaluate
     from robustbench_lite.evaluation import fit_attack as fit_attack
@@ -24,6 +25,7 @@ _FACE = {
     "ThreatModel": "threat",
     "attack": "registry",
     "benchmark": "matrix",
+    "black_box": "blackbox",
     "certifier": "registry",
     "certify_inputs": "certifying",
     "defense": "registry",

@@ -11,7 +11,7 @@ import numpy as np
 
 from robustbench_lite import specs
 from robustbench_lite.leaderboard import Entry, Probe, grouped, mcnemar, wilson
-from robustbench_lite.outcome import BROKEN, HELD, NAN, SATURATED, WRONG, ZERO, Outcome, Probed
+from robustbench_lite.outcome import BROKEN, HELD, NAN, SATURATED, UNSEEN, WRONG, ZERO, Outcome, Probed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -180,8 +180,8 @@ def _target(entry: Entry) -> str:
 
 
 def _parted(entry: Entry) -> tuple[str, str]:
-    """An attack's spec and its target, without over how many draws it averages."""
-    spec, _, target = entry.attack.partition(" (eot ")[0].partition(" to ")
+    """An attack's spec and its target, without in what way its queries were answered."""
+    spec, _, target = entry.attack.partition(" (")[0].partition(" to ")
     return spec, target
 
 
@@ -242,7 +242,7 @@ def _probed(row: Entry, probed: Probed, classes: int) -> Iterator[Finding]:
     """What a probe of the model says of its row."""
     right, count = probed.status != WRONG, len(probed)
     left, chance = int((right & (probed.status != BROKEN)).sum()), 1 / classes
-    if _by_chance(left, count, chance) < LEVEL:
+    if not (probed.gradient == UNSEEN).any() and _by_chance(left, count, chance) < LEVEL:
         compared = f"{left / count:.1%} of the inputs survive an attack without bounds, by chance {chance:.1%}"
         yield Finding("unbounded", row, compared, (left / count, chance))
     for kind, flag, most in ((ZERO, "zero-gradients", FLAT), (SATURATED, "saturated", FLAT), (NAN, "nan-gradients", 0)):

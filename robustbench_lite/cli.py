@@ -44,25 +44,9 @@ def run(
     norm: options.OneNorm = None,
     eps: options.Eps = None,
     n: options.Count = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT),
-    ] = None,
-    adaptive: Annotated[
-        str,
-        typer.Option(
-            help="on: attacks know a defense's last wrapper; off: they are blind to it; both: a row each.",
-            rich_help_panel=WHAT,
-        ),
-    ] = "on",
-    eot: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Draws of a stochastic defense that gradients are averaged over; by default its own.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    target: options.Towards = None,
+    adaptive: options.Adaptive = "on",
+    eot: options.Eot = None,
     plugin: options.Plugins = None,
     model: options.Model = None,
     weights: options.Weights = None,
@@ -70,10 +54,18 @@ def run(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="What attacks compute in: float32, or bf16, faster and weaker; judged in float32.", rich_help_panel=HOW
+        ),
+    ] = "float32",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -89,6 +81,7 @@ def run(
     ] = True,
     csv: options.Csv = None,
     table: options.Table = None,
+    html: options.Html = None,
     matrix: Annotated[
         Path | None, typer.Option(help="Write the matrix, attack by defense.", rich_help_panel=RESULTS)
     ] = None,
@@ -125,10 +118,10 @@ def run(
     options.count(n or "all")  # a mistake is told before anything else
     size = None if batch == "auto" else options.whole("--batch", batch)
     towards = options.target(target)
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     if fail_below is not None and not 0 <= fail_below <= 1:
         raise ValueError(f"--fail-below is a fraction between 0 and 1, not {fail_below:g}")
-    files = [file for file in (csv, table, matrix, rows, save_adversarials, save_patch) if file is not None]
+    files = [file for file in (csv, table, html, matrix, rows, save_adversarials, save_patch) if file is not None]
     options.writable(*files)
     options.exported(table)
     if save_patch is not None and save_patch.suffix.lower() != ".png":
@@ -153,7 +146,15 @@ def run(
         "device": device,
         "data_dir": data_dir,
     }
-    kept: dict[str, Any] = {"seed": seed, "target": towards, "eot": eot, "threads": threads, "out": out, "fresh": fresh}
+    kept: dict[str, Any] = {
+        "seed": seed,
+        "target": towards,
+        "eot": eot,
+        "precision": options.precision(precision),
+        "threads": threads,
+        "out": out,
+        "fresh": fresh,
+    }
     if dry_run:
         running.foretell(errors, quiet, inputs, {"": asked}, **kept)
         return
@@ -166,6 +167,7 @@ def run(
         **kept,
         batch=size,
         workers=workers,
+        ray=ray,
         timeout=timeout,
         isolate=isolate,
         probe=audit,
@@ -173,6 +175,7 @@ def run(
     )
     running.write({csv: results.leaderboard, matrix: results.matrix, rows: results.rows})
     running.export(table, results.leaderboard)
+    running.page(html, {"": results}, data_dir)
     if save_adversarials is not None:
         results.save_adversarials(save_adversarials)
     if save_patch is not None:
@@ -199,15 +202,20 @@ def curve(
     dataset: options.Dataset = "mnist",
     norm: Annotated[str, typer.Option("--norm", help="Of all eps.", rich_help_panel=WHAT)] = "linf",
     n: options.Count = None,
+    target: options.Towards = None,
+    adaptive: options.Adaptive = "on",
+    eot: options.Eot = None,
     model: options.Model = None,
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -224,7 +232,7 @@ def curve(
 ) -> None:
     """Show how robust accuracy falls as eps grows; an attack that seeks the nearest adversarial runs once."""
     options.count(n or "all")  # a mistake is told before anything else
-    inputs = options.described(mean, std, bounds, probabilities)
+    inputs = options.described(mean, std, bounds, probabilities, access)
     files = [file for file in (csv, plot) if file is not None]
     options.writable(*files)
     attacks, defenses, errors = options.specs(attack) or ["pgd"], options.specs(defense), running.stderr()
@@ -247,12 +255,16 @@ def curve(
         defenses=defenses or None,
         dataset=dataset,
         threats=threats,
+        target=options.target(target),
+        adaptive=adaptive,
+        eot=eot,
         seed=seed,
         model=model,
         weights=weights,
         device=device,
         data_dir=data_dir,
         workers=workers,
+        ray=ray,
         threads=threads,
         timeout=timeout,
         isolate=isolate,
@@ -294,6 +306,7 @@ def certify(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -336,6 +349,7 @@ def certify(
         device=device,
         data_dir=data_dir,
         workers=workers,
+        ray=ray,
         threads=threads,
         timeout=timeout,
         isolate=isolate,
@@ -368,8 +382,10 @@ def run_suite(
     std: options.Std = None,
     bounds: options.Bounds = "0:1",
     probabilities: options.Probabilities = False,
+    access: options.Access = None,
     device: options.Device = "auto",
     workers: options.Workers = 0,
+    ray: options.Ray = None,
     threads: options.Threads = 1,
     timeout: options.Timeout = None,
     isolate: options.Isolate = False,
@@ -378,19 +394,20 @@ def run_suite(
     fresh: options.Fresh = False,
     csv: options.Csv = None,
     table: options.Table = None,
+    html: options.Html = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Run a suite: a protocol of attacks and certifiers, with a name and a version."""
-    described = options.described(mean, std, bounds, probabilities)
-    files = [file for file in (csv, table) if file is not None]
+    described = options.described(mean, std, bounds, probabilities, access)
+    files = [file for file in (csv, table, html) if file is not None]
     options.writable(*files)
     options.exported(table)
     defenses, errors = options.specs(defense), running.stderr()
     options.known([], [], defenses)
 
     from robustbench_lite import suites
-    from robustbench_lite.models import is_reference
+    from robustbench_lite.classifiers import is_reference
     from robustbench_lite.trained import NONE
 
     protocol = suites.load(suite)
@@ -407,7 +424,7 @@ def run_suite(
     if dry_run:
         running.foretell(errors, quiet, described, blocks, **kept)
         return
-    how: dict[str, Any] = {"workers": workers, "timeout": timeout, "isolate": isolate}
+    how: dict[str, Any] = {"workers": workers, "ray": ray, "timeout": timeout, "isolate": isolate}
     found = {}
     for name, asked in blocks.items():
         running.stdout().print(f"{protocol}, block {name}", style="bold", soft_wrap=True)
@@ -415,6 +432,7 @@ def run_suite(
         running.show(found[name], as_json=False)
     running.write({csv: lambda: suites.leaderboard(protocol, found)})
     running.export(table, lambda: suites.leaderboard(protocol, found))
+    running.page(html, {f"{protocol}, {name}": results for name, results in found.items()}, data_dir)
     running.stdout().print(f"Results are in {', '.join(map(str, [out, *files]))}", soft_wrap=True)
     raise typer.Exit(running.verdict(found.values(), errors))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robustbench_lite.leaderboard import Entry, Proof, Setting, certified_by, grouped, mcnemar, robust, verified
-from robustbench_lite.outcome import VERIFIED, WRONG, Certified, Outcome
+from robustbench_lite.outcome import VERIFIED, Certified, Outcome
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,14 +91,14 @@ def _accuracies(entries: Iterable[Entry], proofs: Sequence[Proof]) -> dict[Place
 
     for group in grouped(entries, proofs):
         first, outcomes = group[0], [entry.outcome for entry in group]
-        add(first, CLEAN, "", outcomes[0], outcomes[0].status != WRONG)
+        add(first, CLEAN, "", outcomes[0], outcomes[0].right)
         add(first, ROBUST, "", outcomes[0], robust(outcomes))
         for entry in group:
             add(entry, ROBUST, entry.attack, entry.outcome, robust([entry.outcome]))
         if asked := certified_by(first.row, outcomes[0].row, proofs):
             add(first, CERTIFIED, "", outcomes[0], verified(asked))
     for proof in proofs:
-        add(proof, CLEAN, "", proof.certified, proof.certified.status != WRONG)
+        add(proof, CLEAN, "", proof.certified, proof.certified.right)
         add(proof, CERTIFIED, proof.certifier, proof.certified, proof.certified.status == VERIFIED)
     return found
 

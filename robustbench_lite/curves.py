@@ -13,7 +13,7 @@ import numpy as np
 
 from robustbench_lite import __version__
 from robustbench_lite.leaderboard import Entry, wilson
-from robustbench_lite.outcome import SKIPPED, UNKNOWN, WRONG
+from robustbench_lite.outcome import SKIPPED, UNKNOWN
 from robustbench_lite.threat import parse_number
 
 if TYPE_CHECKING:
@@ -47,8 +47,23 @@ SIZES = {
     "l0": "ℓ₀ perturbation (pixels)",
     "patch": "patch (share of the image area)",
 }
+DISTANCES = {
+    "linf": "ℓ∞ distance",
+    "l2": "ℓ₂ distance",
+    "l1": "ℓ₁ distance",
+    "l0": "ℓ₀ distance (pixels)",
+    "patch": "side of the patch (pixels)",
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 MARKERS, DASHES = "osD^vPX<>", ("-", "--", "-.", ":")  # 9 and 4: 36 curves are told apart without colour
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "",
+    "pdf.fonttype": 42,
+    "font.size": 9,
+    "legend.fontsize": 8,
+}
+UNDATED: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
 def grid(text: str) -> list[float]:
@@ -139,7 +154,7 @@ def _rows(group: Sequence[Entry]) -> Iterator[dict[str, object]]:
     common = reduce(np.intersect1d, [entry.outcome.row for entry in group])
     if not len(common):
         return
-    first, right = group[0], group[0].outcome.select(common).status != WRONG
+    first, right = group[0], group[0].outcome.select(common).right
     falls: dict[str, _Fall] = {}
     levels: dict[str, set[float]] = {}
     for entry in group:
@@ -199,17 +214,9 @@ def plot(frame: pd.DataFrame, path: Path, kind: str) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "",
-        "pdf.fonttype": 42,
-        "font.size": 9,
-        "legend.fontsize": 8,
-    }
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     panels = list(frame.groupby(["dataset", "norm", "seed"], sort=False))
     lines = max(len(named(panel)) for _, panel in panels)
-    with rc_context(settings):
+    with rc_context(STYLE):
         figure = Figure(figsize=(4.5 * len(panels), 3.1 + 0.17 * lines), dpi=300, layout="constrained")
         for axes, ((dataset, norm, _), panel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for k, (attack, defense, rows) in enumerate(named(panel)):
@@ -217,17 +224,17 @@ def plot(frame: pd.DataFrame, path: Path, kind: str) -> None:
                 look: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)]}
                 axes.fill_between(rows["eps"], low, high, alpha=0.15, linewidth=0, **look)
                 look |= {"marker": MARKERS[k % len(MARKERS)], "linestyle": DASHES[k % len(DASHES)]}
-                label = _plain(f"{'all attacks' if attack == ALL else attack} on {defense}")
+                label = plain(f"{'all attacks' if attack == ALL else attack} on {defense}")
                 axes.plot(
                     rows["eps"], 100 * rows["robust_accuracy"], markersize=3.5, linewidth=1.2, label=label, **look
                 )
-            axes.set(title=_plain(str(dataset)), xlabel=SIZES[str(norm)], ylabel="robust accuracy (%)", ylim=(-2, 102))
+            axes.set(title=plain(str(dataset)), xlabel=SIZES[str(norm)], ylabel="robust accuracy (%)", ylim=(-2, 102))
             axes.set_xlim(left=0)
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False, handlelength=3.5)
-        figure.savefig(path, format=kind, metadata=undated)
+        figure.savefig(path, format=kind, metadata=UNDATED.get(kind))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """As a text in which nothing is read as a formula."""
     return text.replace("$", r"\$")

@@ -1,26 +1,22 @@
-"""Labelled images: four data sets by name, and any ``.npz`` of your own."""
+"""Labelled images: four data sets by name, and any ``.npz`` or folder of images of your own."""
 
-import gzip
 import hashlib
 import io
-import os
 import pickle
-import sys
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustbench_lite import folders
+from robustbench_lite.downloads import data_folder, first_line, read, verified
 from robustbench_lite.wording import suggest
 
 Split = Literal["train", "test"]
@@ -108,56 +104,24 @@ _SOURCES = (
 )
 SOURCES: dict[str, Source] = {source.name: source for source in _SOURCES}
 
-# An idx file is known by its decompressed content: compressed anew, it is still the same data.
-_SHA256 = {
-    "mnist": {
-        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-    "fashion-mnist": {
-        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    },
-    "cifar10": {
-        "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-    },
-}
-_MIRRORS = {
-    "mnist": (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-        "http://yann.lecun.com/exdb/mnist/",
-    ),
-    "fashion-mnist": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
-    ),
-    "cifar10": (
-        "https://www.cs.toronto.edu/~kriz/",
-        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
-    ),
-}
-_FOLDER = {"mnist": "MNIST/raw", "fashion-mnist": "FashionMNIST/raw", "cifar10": ""}  # as torchvision lays them out
-
 
 def load(name: str, split: Split = "test", data_dir: Path | None = None) -> Images:
-    """The images called ``name``: one of ``SOURCES``, or ``npz:FILE``.
+    """The images called ``name``: one of ``SOURCES``, ``npz:FILE``, or ``folder:DIR``.
 
     What the package does not carry is looked for in ``data_dir`` (else $ROBUST_BENCH_DATA), laid out as torchvision
-    does, then in ``cache_dir()``, then downloaded. A file that is truncated, altered or unreadable is a ValueError.
+    does, then in the cache folder, then downloaded. A file that is truncated, altered or unreadable is a ValueError.
 
     An ``.npz`` holds ``x`` and ``y``, and may hold ``x_train``, ``y_train`` and the number of ``classes``. x is uint8
     or floats in [0, 1], of shape (N, D), (N, H, W), (N, C, H, W), or (N, H, W, C): the last where that axis is 1, 3
-    or 4 long and axis 1 is not.
+    or 4 long and axis 1 is not. For a folder see :mod:`robustbench_lite.folders`.
     """
     if split not in get_args(Split):
         raise ValueError(f"no split {split!r}; there are: {', '.join(get_args(Split))}")
     if name.startswith("npz:"):
         return _npz(name, split)
+    if name.startswith("folder:"):
+        x, y, classes = folders.read(Path(name.removeprefix("folder:")).expanduser(), split)
+        return _images(name, split, x, y, classes)
     source = _source(name)
     if name == "digits":
         x, y = _digits(split)
@@ -168,37 +132,23 @@ def load(name: str, split: Split = "test", data_dir: Path | None = None) -> Imag
     return _images(name, split, x, y, source.classes)
 
 
+def is_own(name: str) -> bool:
+    """Whether a data set's name points to one of the person's own."""
+    return name.startswith(("npz:", "folder:"))
+
+
 def customary_eps(name: str, norm: str) -> float:
     """The eps that papers use for this data set under this norm."""
-    eps = {} if name.startswith("npz:") else _source(name).eps
+    eps = {} if is_own(name) else _source(name).eps
     if norm not in eps:
         raise ValueError(f"no customary eps for {name} under {norm}; give an eps, e.g. --threat {norm}:0.1")
     return eps[norm]
 
 
-def cache_dir() -> Path:
-    """Where downloads are kept: $ROBUST_BENCH_CACHE, else the system's place for caches."""
-    if folder := os.environ.get("ROBUST_BENCH_CACHE"):
-        return Path(folder).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("robustbench-lite"))
-
-
 def _source(name: str) -> Source:
     if name in SOURCES:
         return SOURCES[name]
-    raise ValueError(f"no data set {name!r}; {suggest(name, SOURCES, more=', and npz:FILE')}")
-
-
-def _folder(data_dir: Path | None) -> Path | None:
-    named = data_dir or os.environ.get("ROBUST_BENCH_DATA")
-    if not named:
-        return None
-    folder = Path(named).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder} to read data from")
-    return folder
+    raise ValueError(f"no data set {name!r}; {suggest(name, SOURCES, more=', npz:FILE, folder:DIR')}")
 
 
 def _images(name: str, split: str, x: Array, y: Array, classes: int) -> Images:
@@ -222,7 +172,7 @@ def _digits(split: Split) -> tuple[Array, Array]:
 
 def _mnist(name: str, split: Split, data_dir: Path | None) -> tuple[Array, Array]:
     stem = {"train": "train", "test": "t10k"}[split]
-    x, y = (_idx(_verified(name, f"{stem}-{kind}-ubyte", data_dir)) for kind in ("images-idx3", "labels-idx1"))
+    x, y = (_idx(verified(name, f"{stem}-{kind}-ubyte", data_dir)) for kind in ("images-idx3", "labels-idx1"))
     return x[:, None], y
 
 
@@ -235,11 +185,11 @@ def _idx(content: bytes) -> Array:
 def _cifar10(split: Split, data_dir: Path | None) -> tuple[Array, Array]:
     names = ["test_batch"] if split == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     files = [Path("cifar-10-batches-py", name) for name in names]
-    folder = _folder(data_dir)
+    folder = data_folder(data_dir)
     if folder and (folder / files[0]).parent.is_dir():
-        parts = [_batch(_read(folder / file), folder / file) for file in files]
+        parts = [_batch(read(folder / file), folder / file) for file in files]
     else:
-        content = _verified("cifar10", "cifar-10-python.tar.gz", data_dir)
+        content = verified("cifar10", "cifar-10-python.tar.gz", data_dir)
         with tarfile.open(fileobj=io.BytesIO(content)) as tar:
             parts = [_batch(tar.extractfile(file.as_posix()).read(), file) for file in files]  # type: ignore[union-attr]
     return np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
@@ -251,7 +201,7 @@ def _batch(content: bytes, path: Path) -> tuple[Array, Array]:
         batch = {key if isinstance(key, bytes) else key.encode(): value for key, value in stored.items()}
         x, y = batch[b"data"].array.reshape(-1, 3, 32, 32), np.array(batch[b"labels"])
     except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"{path}: not a batch of CIFAR-10 ({_line(error)})") from None
+        raise ValueError(f"{path}: not a batch of CIFAR-10 ({first_line(error)})") from None
     _check_labels(path, "labels", y, len(x), classes=10)
     return x, y
 
@@ -304,7 +254,7 @@ def _npz(name: str, split: Split) -> Images:
             arrays = {key: np.asarray(file[key]) for key in file.files if key in {x_key, "y", "y_train", "classes"}}
             there = ", ".join(file.files) or "none"
     except Exception as error:  # a damaged zip raises anything
-        raise ValueError(f"{path}: not a readable .npz file ({_line(error)})") from None
+        raise ValueError(f"{path}: not a readable .npz file ({first_line(error)})") from None
     for key in (x_key, y_key):
         if key not in arrays:
             raise ValueError(f"{path}: no array {key} for the {split} split; there are: {there}")
@@ -355,91 +305,3 @@ def _check_labels(path: Path, key: str, y: Array, images: int, classes: int | No
     top = np.iinfo(np.int64).max if classes is None else classes - 1
     if y.min() < 0 or y.max() > top:
         raise ValueError(f"{path}: labels out of range: {key} runs from {y.min()} to {y.max()}, want 0 to {top}")
-
-
-def _verified(name: str, file: str, data_dir: Path | None) -> bytes:
-    """The content of a file with a known hash: from the package, the user's folder, the cache or a mirror."""
-    sha256 = _SHA256[name][file]
-    archive = file if file.endswith(".gz") else f"{file}.gz"
-    for path in _places(name, file, archive, data_dir):
-        if path.is_file():
-            return _content(path, sha256)
-    return _download(name, archive, sha256, data_dir)
-
-
-def _places(name: str, file: str, archive: str, data_dir: Path | None) -> Iterator[Path]:
-    yield Path(__file__).parent / name / archive
-    for find in (partial(_folder, data_dir), cache_dir):
-        if root := find():
-            yield root / _FOLDER[name] / archive
-            yield root / _FOLDER[name] / file
-
-
-def _content(path: Path, sha256: str) -> bytes:
-    """What ``path`` holds, decompressed if that is what has the hash."""
-    content = _read(path)
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256 and content.startswith(b"\x1f\x8b"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: truncated or damaged ({_line(error)})") from None
-        found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path}: not the published data: its SHA-256 is {found[:12]}..., want {sha256[:12]}...")
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-
-
-def _download(name: str, archive: str, sha256: str, data_dir: Path | None) -> bytes:
-    import pooch
-
-    def fetch(url: str, part: str, pool: pooch.Pooch) -> None:
-        http = pooch.HTTPDownloader(progressbar=_Megabytes(archive), chunk_size=1 << 16, timeout=(10, 60))
-        http(url, part, pool)
-        _content(Path(part), sha256)
-
-    failures = []
-    for mirror in _MIRRORS[name]:
-        pool = pooch.create(cache_dir() / _FOLDER[name], mirror, registry={archive: None})
-        try:
-            return _content(Path(pool.fetch(archive, downloader=fetch)), sha256)
-        except (OSError, ValueError) as error:  # those of requests are OSErrors
-            reason = "wrong content" if isinstance(error, ValueError) else type(error).__name__
-            failures.append(f"{urlsplit(mirror).netloc}: {reason}")
-    root = _folder(data_dir) or Path("DIR")
-    raise ValueError(
-        f"{name}: no {archive} here, and it could not be downloaded ({', '.join(failures)}); "
-        f"put it at {root / _FOLDER[name] / archive} and say --data-dir {root}"
-    )
-
-
-class _Megabytes:
-    """What pooch asks of a progress bar."""
-
-    def __init__(self, file: str) -> None:
-        self.file, self.done, self.total = file, 0, 0
-
-    def update(self, size: int) -> None:
-        self.done = min(self.done + size, self.total)
-        self._print("")
-
-    def reset(self) -> None:
-        self.done = 0
-
-    def close(self) -> None:
-        self._print("\n")
-
-    def _print(self, end: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{self.file}: {self.done >> 20} of {self.total >> 20} MiB", end=end, file=sys.stderr, flush=True)
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

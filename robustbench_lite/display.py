@@ -138,7 +138,7 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     }
     hidden = set() if proved else {CERTIFIED, "proved"}
     hidden |= set() if "source" in board else {"source"}
-    hidden |= set() if board["draws"].notna().any() else {"one draw"}
+    hidden |= set() if wide and board["draws"].notna().any() else {"one draw"}
     if not wide or not board["p_above"].notna().any():
         hidden |= {"p above"}
     if not wide or not board["threshold"].notna().any():

@@ -13,10 +13,32 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from robustbench_lite import registry
-from robustbench_lite.defended import Defended, Sources, ask, ask_finally, device_of, no_sources, steady
+from robustbench_lite.defended import (
+    LEVELS,
+    Defended,
+    Precision,
+    Sources,
+    ask,
+    ask_finally,
+    device_of,
+    no_sources,
+    steady,
+)
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
-from robustbench_lite.outcome import BROKEN, CHUNK, ERROR, HELD, KEPT, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
+from robustbench_lite.outcome import (
+    BROKEN,
+    CHUNK,
+    ERROR,
+    HELD,
+    KEPT,
+    REJECTED,
+    SKIPPED,
+    UNKNOWN,
+    WRONG,
+    Outcome,
+    Unfinished,
+)
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
@@ -41,6 +63,7 @@ def evaluate(
     adaptive: bool = True,
     sources: Sources = no_sources,
     eot: int | None = None,
+    precision: Precision = "float32",
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
@@ -49,7 +72,7 @@ def evaluate(
     Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
     ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
     crafted on. ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as the defense has
-    it).
+    it). ``precision`` is what the attack's queries are computed in; what counts is always computed in float32.
 
     Raises:
         ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
@@ -61,15 +84,16 @@ def evaluate(
     if learns(attack) and attack.learned is None:
         raise ValueError(f"attack {attack.name} learns first: give fit_attack(attack, model, x_train, y_train, threat)")
     defended = model if isinstance(model, Defended) else Defended(model)
+    require_access(attack, defended)
     if not adaptive and not isinstance(defended.model, Defended):
         raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
-        classes = check(defended, x, y, threat)
-        sources = checked(sources, classes, x, y, threat)
+        classes = check(defended, x, y, threat, precision)
+        sources = checked(sources, classes, x, y, threat, precision)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
-        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot)
-        check(bench.known, x, y, threat)
+        bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot, precision)
+        check(bench.known, x, y, threat, precision)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -108,6 +132,11 @@ def require_norm(kind: registry.Kind, plugin: Attack | Certifier, threat: Threat
         raise ValueError(f"{kind} {plugin.name} does not run under {threat.norm.name}; it knows {known}")
 
 
+def require_access(attack: Attack, model: Defended) -> None:
+    if LEVELS.index(attack.access) > LEVELS.index(model.access):
+        raise ValueError(f"attack {attack.name} needs the model's {attack.access}, not only {model.access}")
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients of parameters; both as before afterwards."""
@@ -123,7 +152,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
+def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, precision: Precision = "float32") -> int:
     """How many classes the model knows, after a look at its answers to the first inputs; sets its ``least`` rows.
 
     Raises:
@@ -143,6 +172,8 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
     try:
         with torch.no_grad():
             logits = ask(model, sample, 32, noise=Noise(0, torch.arange(len(sample))))
+    except Unfinished as error:
+        raise ValueError(str(error)) from error
     except Exception as error:
         raise ValueError(f"the model raises on inputs of shape {tuple(sample.shape)}: {one_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(sample) or logits.shape[1] < 2:
@@ -156,11 +187,13 @@ def check(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel) -> int:
         raise ValueError("the model returns probabilities, not logits; remove the softmax, or say --probabilities")
     if int(y.max()) >= logits.shape[1]:
         raise ValueError(f"labels out of range: {int(y.max())}, but the model knows {logits.shape[1]} classes")
-    model.least = steady(model, sample)
+    model.least = max(steady(model, sample, one) for one in dict.fromkeys(("float32", precision)))
     return logits.shape[1]
 
 
-def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: ThreatModel) -> Sources:
+def checked(
+    sources: Sources, classes: int, x: Tensor, y: Tensor, threat: ThreatModel, precision: Precision = "float32"
+) -> Sources:
     """The same sources, each made once, looked at as the attacked model is, and in eval mode.
 
     Raises:
@@ -172,7 +205,7 @@ def checked(sources: Sources, classes: int, x: Tensor, y: Tensor, threat: Threat
         model: nn.Module = sources(spec)
         defended = (model if isinstance(model, Defended) else Defended(model)).eval()
         try:
-            known = check(defended, x, y, threat)
+            known = check(defended, x, y, threat, precision)
         except ValueError as error:
             raise ValueError(f"source {spec}: {error}") from error
         if known != classes:
@@ -223,6 +256,7 @@ class Bench:
     adaptive: bool = True
     sources: Sources = no_sources
     eot: int | None = None
+    precision: Precision = "float32"
 
     @property
     def known(self) -> Defended:
@@ -260,6 +294,7 @@ class Bench:
             batch=self.batch,
             sources=self.sources,
             eot=self.eot,
+            precision=self.precision,
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
@@ -274,8 +309,11 @@ class Bench:
             parts = ((len(rows) + 1) // 2, len(rows) // 2)
             halves = zip(x.split(parts), y.split(parts), rows.split(parts))
             return [outcome for half in halves for outcome in self.run(attack, *half)]
+        except Unfinished as error:  # of a black box
+            outcome = _unanswered(x, y, rows, f"{ERROR}{one_line(error)}"[:REASON])
         if len(rows) > CHUNK and any(reason.startswith(ERROR) for reason in outcome.reason):
-            return [self._run(attack, *piece) for piece in zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))]
+            pieces = zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))
+            return [outcome for piece in pieces for outcome in self.run(attack, *piece)]
         return [outcome]
 
     def _run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> Outcome:
@@ -295,7 +333,7 @@ class Bench:
             "status": np.where(right.cpu().numpy(), np.where(skipped.cpu().numpy(), SKIPPED, UNKNOWN), WRONG),
             "reason": np.full(count, "", dtype=f"U{REASON}"),
             "distance": np.full(count, np.nan),
-            "right": share_right(self.model, answers, y).cpu().numpy(),
+            "share": share_right(self.model, answers, y).cpu().numpy(),
             "forwards": np.zeros(count, np.int64),
             "backwards": np.zeros(count, np.int64),
         }
@@ -359,13 +397,13 @@ class Bench:
         reason[(reason == "") & (label == -1).cpu().numpy()] = (
             "the model answered the attack with NaN or infinite logits"
         )
-        reason[broken] = ""
+        reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,
             "adversarial": label.cpu().numpy(),
             "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
-            "right": right.numpy(),
+            "share": right.numpy(),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,
@@ -385,6 +423,26 @@ def _propose(attack: Attack, problem: Problem, x: Tensor) -> tuple[Tensor, str]:
         shape = tuple(candidates.shape) if isinstance(candidates, Tensor) else type(candidates).__name__
         return nothing, f"{ERROR}the attack returned {shape} for a batch of {tuple(x.shape)}"
     return candidates.detach().to(x), ""
+
+
+def _unanswered(x: Tensor, y: Tensor, rows: Tensor, reason: str) -> Outcome:
+    """Inputs of which not even the label that the model gives them is known."""
+    count = len(rows)
+    return Outcome(
+        row=rows.numpy(),
+        label=y.cpu().numpy(),
+        clean=np.full(count, -1),
+        adversarial=np.full(count, -1),
+        status=np.full(count, UNKNOWN),
+        reason=np.full(count, reason, dtype=f"U{REASON}"),
+        distance=np.full(count, np.nan),
+        share=np.zeros(count),
+        forwards=np.zeros(count, np.int64),
+        backwards=np.zeros(count, np.int64),
+        seconds=np.zeros(count),
+        imaged=np.zeros(0, np.int64),
+        images=np.zeros((0, *x.shape[1:]), np.float32),
+    )
 
 
 def _first_of_each_chunk(broken: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustbench_lite import registry
 from robustbench_lite.certifying import Court
 from robustbench_lite.data import Images
-from robustbench_lite.defended import Defended, ask, computing, device_of
+from robustbench_lite.defended import Defended, Precision, ask, computing, device_of
 from robustbench_lite.evaluation import Target, check, frozen
 from robustbench_lite.matrix import prepare
 from robustbench_lite.noise import Noise
@@ -52,6 +52,7 @@ def forecast(
     target: Target | None = None,
     fresh: bool = False,
     eot: int | None = None,
+    precision: Precision = "float32",
     threads: int = 1,
     watcher: Watcher = SILENT,
     **asked: Any,
@@ -67,7 +68,7 @@ def forecast(
     """
     images, workshop, wanted = prepare(**asked, watcher=watcher)
     workshop = replace(workshop, trains=False)
-    station = Station(workshop, images, seed, target, BATCH, keep_all=False, radius=False, threads=threads, eot=eot)
+    station = Station(workshop, images, seed, target, BATCH, False, False, threads, eot, precision)
     scout = _Scout(station, Store(Path(out), watcher.note), fresh, watcher, _linear(images))
     with computing(threads):
         for chain, assaults in wanted.assaults.items():
@@ -83,7 +84,7 @@ def forecast(
                 continue
             with frozen(subject.model):
                 check(subject.model, images.x, images.y, cells[0][1])
-                pace = Pace.of(subject.model, images.x)
+                pace = Pace.of(subject.model, images.x, precision)
                 yield from (scout.attack(subject, pace, assault) for assault in assaults)
                 yield from (scout.certify(subject, *pair) for pair in wanted.proving)
 
@@ -96,15 +97,17 @@ class Pace:
     backward: float
 
     @classmethod
-    def of(cls, model: Defended, x: Tensor) -> "Pace":
+    def of(cls, model: Defended, x: Tensor, precision: Precision) -> "Pace":
         x = x[:CHUNK].to(device_of(model))
 
         def seconds(backward: bool) -> float:
             began, given = time.perf_counter(), x.clone().requires_grad_(backward)
-            answers = ask(model, given, len(x), backward, Noise(0, torch.arange(len(x))))
+            answers = ask(model, given, len(x), backward, Noise(0, torch.arange(len(x))), precision)
             (torch.autograd.grad(answers.sum(), given)[0] if backward else answers).cpu()
             return (time.perf_counter() - began) / len(x)
 
+        if model.access != "gradients":
+            return cls(seconds(False), 0.0)
         seconds(True)  # the first is slower than the rest
         with torch.no_grad():
             forward = seconds(False)

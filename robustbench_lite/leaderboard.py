@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from robustbench_lite.store import Cell
+
 LEADERBOARD = (
     "rank",
     "dataset",
@@ -128,6 +130,7 @@ class Setting:
     seed: int
     adaptive: bool = True  # or the attack was blind to the last wrapper
     subject: str = ""  # tells apart models, and data, that go by one name
+    cell: Cell | None = None  # where it is stored
 
     kind: ClassVar[str]
 
@@ -248,7 +251,7 @@ def by_draw(outcomes: Sequence[Outcome]) -> dict[str, float]:
     An input survives a draw as often as under the attack that does best; draws of different inputs are independent, so
     that variances add up.
     """
-    right = np.array([np.where(o.status == UNKNOWN, 0, o.right) for o in outcomes])
+    right = np.array([np.where(o.status == UNKNOWN, 0, o.share) for o in outcomes])
     share = np.fmin.reduce(right, initial=1)
     return {"draw_mean": float(share.mean()), "draw_std": math.sqrt((share * (1 - share)).sum()) / len(share)}
 
@@ -290,7 +293,7 @@ def _falsifier(proof: Proof, rows: NDArray[np.int64]) -> Entry:
             status=np.array([says.get(status, HELD) for status in found.status.tolist()]),
             reason=np.full(len(found), ""),
             distance=np.full(len(found), np.nan),
-            right=np.full(len(found), np.nan),
+            share=np.full(len(found), np.nan),
             forwards=nothing,
             backwards=nothing,
             seconds=np.zeros(len(found)),
@@ -363,7 +366,7 @@ def leaderboard(
                 "eps": first.eps,
                 "adaptive": first.adaptive,
                 "examples": count,
-                "clean_accuracy": float((outcomes[0].status != WRONG).mean()),
+                "clean_accuracy": float(outcomes[0].right.mean()),
                 **_bound(first.row, outcomes[0].row, proofs),
                 "robust_accuracy": float(held.mean()),
                 "robust_low": low,
@@ -412,7 +415,7 @@ def per_class(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.Data
     table = []
     for group in grouped(entries, proofs):
         outcomes = [entry.outcome for entry in group]
-        held, right, label = robust(outcomes), outcomes[0].status != WRONG, outcomes[0].label
+        held, right, label = robust(outcomes), outcomes[0].right, outcomes[0].label
         for one in np.unique(label):
             here = label == one
             low, high = wilson(int(held[here].sum()), int(here.sum()))
@@ -475,7 +478,7 @@ def certificates(proofs: Iterable[Proof]) -> pd.DataFrame:
             {
                 **{name: getattr(proof, name) for name in CERTIFICATES[:7]},
                 "examples": count,
-                "clean_accuracy": float((found.status != WRONG).mean()),
+                "clean_accuracy": float(found.right.mean()),
                 "certified_accuracy": counts[VERIFIED] / count,
                 "certified_low": low,
                 "certified_high": high,

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from robustbench_lite.classifiers import Adapted
 from robustbench_lite.defended import Defended
-from robustbench_lite.models import Adapted
 from robustbench_lite.wording import one_line
 
 SAMPLES = 16  # of a symbol for each degree that it has: its largest value is found to within 2 %, which are then added

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from robustbench_lite import __version__, data, registry, zoo
+from robustbench_lite import __version__, data, downloads, registry, zoo
 from robustbench_lite import models as architectures
 from robustbench_lite import suites as protocols
 from robustbench_lite.display import table
@@ -73,7 +73,10 @@ def datasets() -> RenderableType:
         for source in data.SOURCES.values()
     ]
     heads = ["data set", "shape", "classes", "train", "test", "customary eps", "where it comes from"]
-    note = Text("npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y.")
+    note = Text(
+        "npz:FILE is a data set of yours: arrays x (images in NCHW or NHWC, or vectors) and y. "
+        "folder:DIR holds PNG or JPEG files in a sub-folder a class."
+    )
     return Group(table("data sets", heads, lines), note)
 
 
@@ -123,7 +126,7 @@ def layers(model: nn.Module, x: Tensor) -> RenderableType:
 
 def cache(clear: bool) -> RenderableType:
     """What was downloaded and trained; ``clear`` deletes these files and no other that the folder may hold."""
-    folder = data.cache_dir()
+    folder = downloads.cache_dir()
     files = sorted(path for ours in OURS for path in folder.glob(ours) if path.is_file())
     if clear:
         for path in files:
@@ -140,11 +143,11 @@ def doctor(data_dir: Path | None) -> RenderableType:
     packages = ("torch", "numpy", "pandas", "scipy", "scikit-learn", "cvxpy", "safetensors", "pooch", "typer", "rich")
     lines = [["robustbench-lite", __version__], ["python", platform.python_version()]]
     lines += [[name, _installed(name)] for name in packages]
-    lines.append(["extra: foolbox", _installed("foolbox")])
+    lines += [[f"extra: {name}", _installed(name)] for name in ("foolbox", "onnx2torch", "timm", "robustbench")]
     gpus = [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())]
     lines.append(["devices", ", ".join([*gpus, *["mps"] * torch.backends.mps.is_available(), "cpu"])])
     lines.append(["cpu threads", str(torch.get_num_threads())])
-    lines.append(["cache", str(data.cache_dir())])
+    lines.append(["cache", str(downloads.cache_dir())])
     lines.append(["data folder", str(data_dir) if data_dir else "none (--data-dir or ROBUST_BENCH_DATA)"])
     lines += [[f"{kind}s", ", ".join(registry.plugins(kind)) or "none"] for kind in registry.KINDS]
     return table("robust-bench doctor", ["what", "found"], lines)

@@ -6,24 +6,25 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from robustbench_lite import audit, comparison, curves, data, exports, leaderboard
+from robustbench_lite import audit, comparison, curves, data, exports, leaderboard, report
 from robustbench_lite.claims import Claims
-from robustbench_lite.defended import computing
+from robustbench_lite.cluster import Cluster
+from robustbench_lite.defended import Precision, computing
 from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
-from robustbench_lite.pool import Pool
+from robustbench_lite.pool import Crew, Pool
 from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
 from robustbench_lite.store import Chunk, Store
 from robustbench_lite.tasks import Executor, Here, Station, Task
@@ -98,6 +99,15 @@ class Results:
     def to_csv(self, path: str | Path) -> None:
         """Writes the leaderboard."""
         write_csv(self.leaderboard(), Path(path))
+
+    def to_html(self, path: str | Path, data_dir: str | Path | None = None) -> None:
+        """Writes all there is to see as one page; see :mod:`robustbench_lite.report`. Clean images for its gallery are
+        looked for in ``data_dir``, as for a run.
+
+        Raises:
+            ValueError: where the file cannot be written.
+        """
+        write_html([report.Part(self, self.leaderboard())], Path(path), _path(data_dir))
 
     @property
     def unknown(self) -> int:
@@ -186,7 +196,9 @@ def benchmark(
     threads: int = 1,
     timeout: float | None = None,
     isolate: bool = False,
+    ray: str | None = None,
     eot: int | None = None,
+    precision: Precision = "float32",
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -196,7 +208,8 @@ def benchmark(
     ``"linf:8/255"``; by default each attack runs under linf, or else its own first norm, at the data set's customary
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
     ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
-    ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it).
+    ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it). ``precision`` is
+    what attacks' queries are computed in, ``"float32"`` or ``"bf16"``; what counts is computed in float32.
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
     what it says of attacks on it: see :mod:`robustbench_lite.audit`.
@@ -204,13 +217,16 @@ def benchmark(
     ``workers`` processes share the work, chunk by chunk; 0 computes it in this one. Each process computes with as many
     ``threads``, whose number may change last bits, while that of workers changes nothing. A chunk may take ``timeout``
     seconds, or else ends unknown and is tried again in the next run; ``isolate`` gives each cell a process of its own.
-    Either means at least one worker.
+    Either means at least one worker. With ``ray``, the address of a Ray cluster (``"local"``: one on this machine),
+    workers are its actors, as many as there is room for unless ``workers`` says how many.
 
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
     if workers < 0 or threads < 1:
         raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is {' or '.join(get_args(Precision))}, not {precision!r}")
     if eot is not None and eot < 1:
         raise ValueError(f"eot must be 1 or more, not {eot}")
     if timeout is not None and not 0 < timeout < float("inf"):
@@ -230,16 +246,17 @@ def benchmark(
         certifiers=certifiers,
         watcher=watcher,
     )
+    processes = max(workers, int(isolate or timeout is not None))
+    if (processes or ray) and workshop.terms is not None and workshop.terms.limited:
+        raise ValueError("rate and queries are kept by one process: leave out workers, ray, timeout and isolate")
     store = Store(Path(out), watcher.note)
     store.prepare()
-    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot)
-    processes = max(workers, int(isolate or timeout is not None))
-    with computing(threads), Claims() as claims, _executor(station, processes) as executor:
+    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision)
+    with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))
-        runner = Runner(
-            station, store, claims, executor, watcher, max(1, processes), timeout, isolate, fresh, probing=probe
-        )
+        share = max(1, executor.size if isinstance(executor, Crew) else 1)
+        runner = Runner(station, store, claims, executor, watcher, share, timeout, isolate, fresh, probing=probe)
         return _in_order(runner.run(wanted))
 
 
@@ -285,13 +302,17 @@ def prepare(
 
 
 @contextmanager
-def _executor(station: Station, processes: int) -> Iterator[Executor]:
-    """Who computes: this process, or as many others."""
-    if not processes:
+def _executor(station: Station, processes: int, workers: int, ray: str | None) -> Iterator[Executor]:
+    """Who computes: this process, or as many others, or so many ``workers`` of a cluster (0: all it has room for)."""
+    if ray is not None:
+        gpu = station.workshop.device.type == "cuda"
+        with Cluster[Task, Chunk](station.packed(), ray, workers, station.threads, gpu) as cluster:
+            yield cluster
+    elif processes:
+        with Pool[Task, Chunk](station.packed(), processes) as pool:
+            yield pool
+    else:
         yield Here(station)
-        return
-    with Pool[Task, Chunk](station.packed(), processes) as pool:
-        yield pool
 
 
 def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Results:
@@ -312,7 +333,9 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
     for cell, outcome in outcomes:
         own, elsewhere = cell.identity["eps"], {eps for *place, eps in asked if (*place,) == place_of(cell)} - {None}
         for eps in elsewhere | store.asked(cell) if own is None else [own]:
-            entries.append(entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome))
+            entry = entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome)
+            learned = store.learned(cell)
+            entries.append(entry if learned is None else replace(entry, learned=learned.float().numpy()))
     return _in_order([*entries, *proofs, *probes])
 
 
@@ -351,6 +374,16 @@ def write_table(board: pd.DataFrame, path: Path) -> None:
     """
     with _replacing(path) as part:
         part.write_text(exports.text(board, path), "utf-8", newline="\n")
+
+
+def write_html(parts: Sequence[report.Part], path: Path, data_dir: Path | None) -> None:
+    """Writes a page of results, those that are ranked by themselves a part each.
+
+    Raises:
+        ValueError: where the file cannot be written.
+    """
+    with _replacing(path) as part:
+        part.write_text(report.html(parts, data_dir), "utf-8", newline="\n")
 
 
 def _in_order(found: Sequence[leaderboard.Found]) -> Results:

@@ -1,17 +1,13 @@
-"""Architectures by name, classifiers from a user's file, and what a classifier expects of its inputs."""
+"""Architectures by name."""
 
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustbench_lite.wording import one_line, suggest
+from robustbench_lite.wording import suggest
 
 Shape = tuple[int, ...]
 
@@ -142,75 +138,3 @@ def build(name: str, shape: Shape, classes: int, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MODELS[name](shape, classes)
-
-
-def is_reference(name: str) -> bool:
-    """Whether a model's name points to code, ``FILE.py:factory`` or ``package.module:factory``."""
-    return ":" in name or name.endswith(".py")
-
-
-def load_factory(reference: str) -> nn.Module:
-    """The classifier that ``FILE.py:factory`` or ``package.module:factory`` returns when called without arguments.
-
-    Raises:
-        ValueError: where there is no such file, module or factory, it raises, or it returns no ``nn.Module``.
-    """
-    place, _, attribute = reference.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(f"model {reference!r} names no factory; write {reference}:NAME")
-    try:
-        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        factory = getattr(module, attribute, None)
-        if not callable(factory):
-            raise ValueError(f"{place} has no function {attribute!r}")
-        model = factory()
-    except ValueError as error:
-        raise ValueError(f"model {reference!r}: {one_line(error, named=False)}") from error
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"model {reference!r} could not be made: {one_line(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model {reference!r} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _module_from_file(path: Path) -> object:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    name = f"_robust_bench_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-class Adapted(nn.Module):
-    """A classifier that expects other inputs than [0, 1], or returns probabilities, as one from [0, 1] to logits.
-
-    ``bounds`` is the pixel range that it expects, ``mean`` and ``std`` (one number, or one a channel) are applied after
-    scaling to that range, and probabilities are turned into their logarithms.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
-        bounds: tuple[float, float] = (0.0, 1.0),
-        probabilities: bool = False,
-    ) -> None:
-        super().__init__()
-        if any(s <= 0 for s in std):
-            raise ValueError(f"std must be above 0, not {', '.join(f'{s:g}' for s in std)}")
-        self.model, self.bounds, self.probabilities = model, bounds, probabilities
-        self.register_buffer("mean", torch.tensor(list(mean) or [0.0]), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std) or [1.0]), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low, high = self.bounds
-        channels = [-1, 1, 1] if x.dim() == 4 else [-1]
-        mean, std = self.get_buffer("mean").to(x.dtype), self.get_buffer("std").to(x.dtype)
-        answer: Tensor = self.model((low + x * (high - low) - mean.view(channels)) / std.view(channels))
-        return answer.clamp_min(torch.finfo(answer.dtype).tiny).log() if self.probabilities else answer

@@ -12,7 +12,7 @@ from robustbench_lite import registry
 if TYPE_CHECKING:
     from robustbench_lite.evaluation import Target
 
-Described = tuple[tuple[float, ...], tuple[float, ...], tuple[float, float], bool]
+Described = tuple[tuple[float, ...], tuple[float, ...], tuple[float, float], bool, str | None]
 
 WHAT, MODEL, HOW, RESULTS, TALK = "What to run", "Whose model", "How", "Results", "Talk"
 
@@ -21,7 +21,10 @@ Defenses = Annotated[
     typer.Option("--defense", help="Defenses, as madry:eps=0.3; chain them with +; or all.", rich_help_panel=WHAT),
 ]
 Dataset = Annotated[
-    str, typer.Option("--dataset", help="A name from `robust-bench datasets`, or npz:FILE.", rich_help_panel=WHAT)
+    str,
+    typer.Option(
+        "--dataset", help="A name from `robust-bench datasets`, npz:FILE, or folder:DIR.", rich_help_panel=WHAT
+    ),
 ]
 Threats = Annotated[
     list[str] | None,
@@ -47,7 +50,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="An architecture, or your classifier: FILE.py:factory, package.module:factory.",
+        help="An architecture, or your classifier: FILE.py:factory, onnx:FILE, timm:NAME, robustbench:NAME; or a "
+        "black box, see --access.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -63,12 +67,53 @@ Bounds = Annotated[str, typer.Option("--bounds", help="The pixel range your mode
 Probabilities = Annotated[
     bool, typer.Option("--probabilities", help="Your model returns probabilities.", rich_help_panel=MODEL)
 ]
+Access = Annotated[
+    str | None,
+    typer.Option(
+        "--access",
+        help="The model, FILE.py:function or a URL, is a black box that answers labels or scores; on terms, as "
+        "labels:rate=50,queries=100000.",
+        rich_help_panel=MODEL,
+    ),
+]
 Seed = Annotated[
     int, typer.Option("--seed", help="Of all randomness in the attacks and certifiers.", rich_help_panel=HOW)
+]
+Towards = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT
+    ),
+]
+Adaptive = Annotated[
+    str,
+    typer.Option(
+        "--adaptive",
+        help="on: attacks know a defense's last wrapper; off: they are blind to it; both: a row each.",
+        rich_help_panel=WHAT,
+    ),
+]
+Eot = Annotated[
+    int | None,
+    typer.Option(
+        "--eot",
+        min=1,
+        help="Draws of a stochastic defense that gradients are averaged over; by default its own.",
+        rich_help_panel=WHAT,
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)]
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes that share the work; 0: none but this one.", rich_help_panel=HOW)
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Share the work among the actors of a Ray cluster; local: one on this machine.",
+        rich_help_panel=HOW,
+    ),
 ]
 Threads = Annotated[
     int, typer.Option("--threads", help="CPU threads of each process; may change last bits.", rich_help_panel=HOW)
@@ -101,6 +146,9 @@ Table = Annotated[
         help="Write the leaderboard: FILE.md, .tex, or RobustBench's .json.",
         rich_help_panel=RESULTS,
     ),
+]
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Write all there is to see as one page.", rich_help_panel=RESULTS)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON.", rich_help_panel=TALK)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tables only.", rich_help_panel=TALK)]
@@ -191,6 +239,12 @@ def target(text: str | None) -> Target | None:
         raise ValueError(f"--target wants a class's number, next, random or least-likely, not {text!r}") from None
 
 
+def precision(text: str) -> str:
+    if text not in ("float32", "bf16"):
+        raise ValueError(f"--precision wants float32 or bf16, not {text!r}")
+    return text
+
+
 def numbers(option: str, text: str | None) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text else ()
@@ -209,6 +263,8 @@ def span(text: str) -> tuple[float, float]:
     return ends
 
 
-def described(mean: str | None, std: str | None, bounds: str, probabilities: bool) -> Described:
+def described(
+    mean: str | None, std: str | None, bounds: str, probabilities: bool, access: str | None = None
+) -> Described:
     """What a user's model expects and returns."""
-    return numbers("--mean", mean), numbers("--std", std), span(bounds), probabilities
+    return numbers("--mean", mean), numbers("--std", std), span(bounds), probabilities, access

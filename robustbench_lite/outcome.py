@@ -16,7 +16,7 @@ WRONG, BROKEN, HELD, UNKNOWN, SKIPPED = "wrong", "broken", "held", "unknown", "s
 ERROR = "error: "  # begins the reason of what failed
 REJECTED = -2  # the label of an input that a detector rejects
 VERIFIED, FALSIFIED, UNSUPPORTED = "verified", "falsified", "unsupported"
-FINITE, NAN, ZERO, SATURATED = "finite", "nan", "zero", "saturated"  # gradients
+FINITE, NAN, ZERO, SATURATED, UNSEEN = "finite", "nan", "zero", "saturated", "unseen"  # gradients
 
 
 class Unfinished(Exception):
@@ -28,6 +28,7 @@ class Rows:
     those, or of the first of those, whose status is ``pictured``."""
 
     row: NDArray[np.int64]
+    clean: NDArray[np.int64]
     status: NDArray[np.str_]
     reason: NDArray[np.str_]
     imaged: NDArray[np.int64]
@@ -46,6 +47,12 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Which clean inputs the model is known to classify correctly."""
+        right: NDArray[np.bool_] = (self.status != WRONG) & (self.clean != -1)
+        return right
 
     @property
     def unfinished(self) -> bool:
@@ -87,12 +94,12 @@ class Outcome(Rows):
 
     ``status`` is ``wrong`` (misclassified when clean, not attacked), ``broken`` (an admissible adversarial that the
     model was asked about again), ``held``, ``unknown`` (``reason`` says why; never robust, never a success) or
-    ``skipped`` (its label is the target). ``adversarial`` is the model's label for the judged point, -1 where there is
-    none; ``distance`` the size of the perturbation of a point that broke the input, or was rejected. ``right`` is the
-    share of answers to the judged point (to the clean one where none was judged) that were the label: 0 or 1, unless
-    the model is stochastic and answers several times; NaN where the judged point lies beyond eps. ``images`` (K, ...)
-    are adversarials, of the rows ``imaged``. A label, ``clean`` or ``adversarial``, that is ``REJECTED`` is a
-    detector's.
+    ``skipped`` (its label is the target). ``clean`` and ``adversarial`` are the model's labels for the input and for
+    the judged point: -1 where there is none, ``REJECTED`` where that is a detector's. ``distance`` is the size of the
+    perturbation of a point that broke the input, or was rejected. ``share`` is that of the answers to the judged point
+    (to the clean one where none was judged) that were the label: 0 or 1, unless the model is stochastic and answers
+    several times; NaN where the judged point lies beyond eps. ``images`` (K, ...) are adversarials, of the rows
+    ``imaged``.
     """
 
     row: NDArray[np.int64]
@@ -102,7 +109,7 @@ class Outcome(Rows):
     status: NDArray[np.str_]
     reason: NDArray[np.str_]
     distance: NDArray[np.float64]
-    right: NDArray[np.float64]
+    share: NDArray[np.float64]
     forwards: NDArray[np.int64]
     backwards: NDArray[np.int64]
     seconds: NDArray[np.float64]
@@ -121,17 +128,19 @@ class Outcome(Rows):
         return fooled
 
     def within(self, limit: float) -> "Outcome":
-        """The outcome at a smaller budget: what was broken at a larger distance is held, and a label that was
-        reached at an unknown distance (of a targeted attack: another than the target) is forgotten."""
+        """The outcome at a smaller budget: what was broken at a larger distance is held (unknown, where the attack
+        failed then), and a label that was reached at an unknown distance (of a targeted attack: another than the
+        target) is forgotten."""
         near = self.distance <= limit
         beyond = (self.status == BROKEN) & ~near
         kept = ~np.isin(self.imaged, self.row[beyond])
         return replace(
             self,
-            status=np.where(beyond, HELD, self.status),
+            status=np.where(beyond, np.where(self.reason == "", HELD, UNKNOWN), self.status),
+            reason=np.where((self.status == BROKEN) & near, "", self.reason),
             adversarial=np.where(near, self.adversarial, -1),
             distance=np.where(near, self.distance, np.nan),
-            right=np.where(beyond, np.nan, self.right),
+            share=np.where(beyond, np.nan, self.share),
             imaged=self.imaged[kept],
             images=self.images[kept],
         )
@@ -169,8 +178,9 @@ class Probed(Rows):
 
     ``status`` is that under an attack to which the whole pixel range is allowed, ``noise`` that under random noise
     within eps. ``gradient`` is ``finite``, ``nan``, ``zero``, or ``saturated`` where only the cross-entropy's is zero,
-    the margin's not. ``low`` and ``high`` are the extreme logits. In a second pass the label was ``again``, and a logit
-    had ``moved`` by at most this share of high - low. There are no images.
+    the margin's not; of a black box it is ``unseen``, and the status ``unknown``. ``low`` and ``high`` are the extreme
+    logits. In a second pass the label was ``again``, and a logit had ``moved`` by at most this share of high - low.
+    There are no images.
     """
 
     row: NDArray[np.int64]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 
 from robustbench_lite import data, registry
+from robustbench_lite.defended import LEVELS, Access
 from robustbench_lite.norms import NORMS
 from robustbench_lite.plugins import Attack, Certifier, Defense, crafted, learns
 from robustbench_lite.threat import ThreatModel, find_norm
@@ -94,9 +95,15 @@ def plan(
     if adaptive not in ADAPTIVE:
         raise ValueError(f"adaptive is {', '.join(ADAPTIVE)}, not {adaptive!r}")
     given = [attacks] if isinstance(attacks, str) else attacks
-    pairs = _pairs("attack", cast(list[Attack], _chosen("attack", given)), threats, images, note)
+    fitting = _seeing(cast(list[Attack], _chosen("attack", given)), workshop.access, note)
+    pairs = _pairs("attack", fitting, threats, images, note)
     under = threats if threats or not pairs else list(dict.fromkeys(threat for _, threat in pairs))
-    proving = _pairs("certifier", cast(list[Certifier], _chosen("certifier", certifiers)), under, images, note)
+    certifying = cast(list[Certifier], _chosen("certifier", certifiers))
+    if workshop.access != "gradients":
+        for certifier in certifying:
+            note(f"certifier {registry.spec(certifier)} is left out: it needs the model itself, which is a black box")
+        certifying = []
+    proving = _pairs("certifier", certifying, under, images, note)
     defenses = [defenses] if isinstance(defenses, str) else defenses
     chains = {workshop.name(chain): chain for chain in _expand("defense", defenses or [_unless(workshop)])}
     ways = {chain: _ways(adaptive, workshop.links(chain)) for chain in chains.values()}
@@ -152,6 +159,23 @@ def _plugin(kind: registry.Kind, given: Any) -> Any:
     except TypeError as error:
         raise ValueError(f"{given!r} has a setting that cannot be part of a key: {error}") from error
     return plugin
+
+
+def _seeing(attacks: list[Attack], access: Access, note: Note) -> list[Attack]:
+    """The attacks that need to see no more of the model than there is."""
+    level = LEVELS.index(access)
+    for attack in attacks:
+        if LEVELS.index(attack.access) > level:
+            note(f"attack {registry.spec(attack)} is left out: it needs the model's {attack.access}, not only {access}")
+    fitting = [attack for attack in attacks if LEVELS.index(attack.access) <= level]
+    if attacks and not fitting:
+        there = [
+            name
+            for name in registry.builtin("attack")
+            if LEVELS.index(cast(Any, registry.find("attack", name)).access) <= level
+        ]
+        raise ValueError(f"none of the attacks gets by with the model's {access}; these do: {', '.join(there)}")
+    return fitting
 
 
 def _pairs(

@@ -1,5 +1,7 @@
 """Processes that work on tasks, one task each at a time; one that dies or takes too long is replaced."""
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import pickle
@@ -7,12 +9,13 @@ import signal
 import threading
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from robustbench_lite.wording import one_line
 
@@ -46,68 +49,109 @@ class Lost:
     stopped: bool
 
 
-class Pool(Generic[Task, Answer]):
-    """At most ``size`` processes, started when there is work; each calls ``begin`` with its number, for what it does.
+class Member(Protocol):
+    """Who works on tasks for a :class:`Crew`; ``task`` is what it works on, until ``deadline``."""
+
+    number: int
+    group: int
+    task: Any
+    deadline: float
+
+    def take(self, task: Any) -> None: ...
+
+    def hear(self) -> Any:
+        """Takes its next word; the answer to the task, or that it is lost, or None where that is still to come."""
+
+    def overdue(self) -> Lost | None:
+        """That the task is lost, where its time is over or its member is gone without a word."""
+
+    def end(self) -> None: ...
+
+
+class Crew(ABC, Generic[Task, Answer]):
+    """At most ``size`` members, hired when there is work; one that loses its task is replaced."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._members: list[Member] = []
+
+    @abstractmethod
+    def _hire(self, number: int, group: int) -> Member: ...
+
+    @abstractmethod
+    def _listen(self, busy: Sequence[Any], seconds: float) -> Container[Member]:
+        """Waits for that long at most; who of ``busy`` has something to say."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer | Lost]]:
+        """Each task with what became of it, in the order in which they end; a task is taken when a member is free.
+
+        Raises:
+            ValueError: where a member says that what it was asked is wrong, or cannot begin.
+        """
+        left = iter(tasks)
+        coming = next(left, None)
+        while coming is not None or any(member.task for member in self._members):
+            while coming is not None and (member := self._free(coming.group)):
+                member.take(coming)
+                coming = next(left, None)
+            yield from self._gather()
+
+    def _free(self, group: int) -> Member | None:
+        idle = [member for member in self._members if member.task is None]
+        for member in idle:
+            if member.group == group:
+                return member
+        if idle and len(self._members) == self.size:
+            self._dismiss(idle[0])
+        if len(self._members) == self.size:
+            return None
+        numbers = {member.number for member in self._members}
+        self._members.append(self._hire(min(set(range(self.size)) - numbers), group))
+        return self._members[-1]
+
+    def _gather(self) -> Iterator[tuple[Task, Answer | Lost]]:
+        """Waits for news, and says what has ended."""
+        busy = [member for member in self._members if member.task is not None]
+        nearest = min((member.deadline for member in busy), default=float("inf"))
+        heard = self._listen(busy, max(0.0, min(LOOK, nearest - time.monotonic())))
+        for member in busy:
+            task = member.task
+            ended = member.hear() if member in heard else member.overdue()
+            if ended is not None:
+                if isinstance(ended, Lost):
+                    self._dismiss(member)
+                yield task, ended
+
+    def _dismiss(self, member: Member) -> None:
+        member.end()
+        self._members.remove(member)
+
+
+class Pool(Crew[Task, Answer]):
+    """Processes of this machine; each calls ``begin`` with its number, for what it does.
 
     As a context it leaves no process behind.
     """
 
     def __init__(self, begin: Callable[[int], Work[Task, Answer]], size: int) -> None:
-        self.size, self._begin = size, packed(begin)
-        self._workers: list[_Worker] = []
+        super().__init__(size)
+        self._begin = packed(begin)
 
-    def __enter__(self) -> "Pool[Task, Answer]":
+    def __enter__(self) -> Pool[Task, Answer]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.end()
-        self._workers.clear()
+        for member in self._members:
+            member.end()
+        self._members.clear()
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer | Lost]]:
-        """Each task with what became of it, in the order in which they end; a task is taken when a process is free.
-
-        Raises:
-            ValueError: where a process says that what it was asked is wrong, or cannot begin.
-        """
-        left = iter(tasks)
-        coming = next(left, None)
-        while coming is not None or any(worker.task for worker in self._workers):
-            while coming is not None and (worker := self._free(coming.group)):
-                worker.take(coming)
-                coming = next(left, None)
-            yield from self._gather()
-
-    def _free(self, group: int) -> "_Worker | None":
-        idle = [worker for worker in self._workers if worker.task is None]
-        for worker in idle:
-            if worker.group == group:
-                return worker
-        if idle and len(self._workers) == self.size:
-            self._dismiss(idle[0])
-        if len(self._workers) == self.size:
-            return None
-        numbers = {worker.number for worker in self._workers}
+    def _hire(self, number: int, group: int) -> Member:
         with _undisturbed():
-            self._workers.append(_Worker(min(set(range(self.size)) - numbers), group, self._begin))
-        return self._workers[-1]
+            return _Worker(number, group, self._begin)
 
-    def _gather(self) -> Iterator[tuple[Task, Answer | Lost]]:
-        """Waits for news, and says what has ended."""
-        busy = {worker.connection: worker for worker in self._workers if worker.task is not None}
-        nearest = min((worker.deadline for worker in busy.values()), default=float("inf"))
-        heard = connection.wait(list(busy), max(0.0, min(LOOK, nearest - time.monotonic())))
-        for worker in busy.values():
-            task = worker.task
-            ended = worker.hear() if worker.connection in heard else worker.overdue()
-            if ended is not None:
-                if isinstance(ended, Lost):
-                    self._dismiss(worker)
-                yield task, ended
-
-    def _dismiss(self, worker: "_Worker") -> None:
-        worker.end()
-        self._workers.remove(worker)
+    def _listen(self, busy: Sequence[_Worker], seconds: float) -> Container[Member]:
+        owners = {worker.connection: worker for worker in busy}
+        return [owners[cast(Any, one)] for one in connection.wait(list(owners), seconds)]
 
 
 class _Worker:
@@ -129,7 +173,6 @@ class _Worker:
         self._send()
 
     def hear(self) -> Any:
-        """Takes a message; the answer to the task, or that it is lost, or None where that is still to come."""
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError):
@@ -147,7 +190,6 @@ class _Worker:
         return None
 
     def overdue(self) -> Lost | None:
-        """That the task is lost, where its time is over or the process is gone without a word."""
         if not self.process.is_alive() and not self.connection.poll():
             return self._died()
         if self.deadline <= time.monotonic():
@@ -193,7 +235,7 @@ def packed(thing: object) -> bytes:
         raise ValueError(f"worker processes cannot be handed what cannot be pickled: {one_line(error)}") from error
 
 
-def _serve(parent: "connection.Connection[Any, Any]", number: int) -> None:
+def _serve(parent: connection.Connection[Any, Any], number: int) -> None:
     """What a process does, until it is killed."""
     threading.Thread(target=_follow_parent, daemon=True).start()
 

@@ -14,7 +14,7 @@ from robustbench_lite.defended import ask, device_of
 from robustbench_lite.evaluation import Bench, predicted
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS
-from robustbench_lite.outcome import FINITE, NAN, SATURATED, ZERO, Outcome, Probed
+from robustbench_lite.outcome import FINITE, NAN, SATURATED, UNKNOWN, UNSEEN, WRONG, ZERO, Outcome, Probed
 from robustbench_lite.plugins import Attack
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal
@@ -67,15 +67,19 @@ def probe(bench: Bench, x: Tensor, y: Tensor, rows: Tensor) -> Probed:
 
     bench = replace(bench, target=None)
     whole = replace(bench.threat, norm=NORMS["linf"], eps=bench.threat.upper - bench.threat.lower)
+    clean, white = predicted(bench.model, first).cpu().numpy(), bench.known.access == "gradients"
+    unbounded = replace(bench, threat=whole)
     return Probed(
         row=rows.numpy(),
         label=y.numpy(),
-        clean=predicted(bench.model, first).cpu().numpy(),
+        clean=clean,
         again=predicted(bench.model, second).cpu().numpy(),
         moved=moved.double().cpu().numpy(),
-        status=_attacked(replace(bench, threat=whole), _Ascent(), x, y, rows).status,
+        status=_attacked(unbounded, _Ascent(), x, y, rows).status
+        if white
+        else np.where(clean == y.numpy(), UNKNOWN, WRONG),
         noise=_attacked(bench, _Shaking(), x, y, rows).status,
-        gradient=_gradients(bench, here, y.to(here.device), rows),
+        gradient=_gradients(bench, here, y.to(here.device), rows) if white else np.full(count, UNSEEN),
         low=low.double().cpu().numpy(),
         high=high.double().cpu().numpy(),
         seconds=np.full(count, (time.perf_counter() - began) / count),

@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from robustbench_lite.defended import Defended, Sources, ask, ask_finally, no_sources
+from robustbench_lite.defended import LEVELS, Defended, Precision, Sources, ask, ask_finally, no_sources
+from robustbench_lite.defended import Access as Access
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel
-
-Access = Literal["labels", "scores", "gradients"]
-LEVELS: tuple[Access, ...] = ("labels", "scores", "gradients")
 
 
 class AccessError(ValueError):
@@ -48,8 +46,8 @@ class Problem:
     attack ``minimises``), not given up and budget left. The others answer NaN, and their gradient is 0.
     Of a model with a detector an attack sees what :meth:`Goal.seen` makes of its answers. A stochastic one draws anew
     for each query; one under access "gradients" that is differentiable is the mean probability of ``eot`` draws
-    (expectation over transformation; Athalye et al., 2018, section 4.2), each charged. What a query hits there counts
-    only if the vote agrees, see :func:`ask_finally`, which is charged to nobody.
+    (expectation over transformation; Athalye et al., 2018, section 4.2), each charged. What a query hits there, or in
+    a ``precision`` below float32, counts only if :func:`ask_finally` agrees, which is charged to nobody.
     """
 
     def __init__(
@@ -67,13 +65,15 @@ class Problem:
         batch: int = 256,
         sources: Sources = no_sources,
         eot: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
         self.classes, self._access, self._budget, self._minimises = classes, access, budget, minimises
         self._model, self._batch, self._sources = model, batch, sources
         self._eot = (eot or model.draws) if model.stochastic else 1
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
-        self._noise = noise
+        self._noise, self._precision = noise, precision
+        self._provisional = model.stochastic or precision != "float32"
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
 
     def __len__(self) -> int:
@@ -108,6 +108,7 @@ class Problem:
             access=access,
             minimises=True,
             batch=self._batch,
+            precision=self._precision,
         )
 
     @property
@@ -193,11 +194,11 @@ class Problem:
         elif differentiable:
             each = flat if draws == 1 else flat.repeat_interleave(draws, 0)
             counted = _Counted.apply(each, self._ledger.backwards, self._rows[owners].repeat_interleave(draws))
-            answers = _mean(ask(self._model, counted, self._batch, differentiable=True, noise=noise), draws)
-            answers = self._seen(answers, owners)
+            answers = ask(self._model, counted, self._batch, True, noise, self._precision)
+            answers = self._seen(_mean(answers, draws), owners)
         else:
             with torch.no_grad():
-                answers = self._seen(ask(self._model, flat, self._batch, noise=noise), owners)
+                answers = self._seen(ask(self._model, flat, self._batch, False, noise, self._precision), owners)
         self._remember(flat.detach(), answers.detach(), owners)
         if not everything:
             answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_put((sent.flatten(),), answers)
@@ -234,7 +235,7 @@ class Problem:
         nearer = (distance < unset[owners]).nonzero()[:, 0]
         nearer = nearer[self._threat.inside(x[hits[nearer]], slack=1e-5)]
         hits, owners, distance = hits[nearer], owners[nearer], distance[nearer]
-        if self._model.stochastic and len(hits):
+        if self._provisional and len(hits):
             answers = ask_finally(self._model, x[hits], self._batch, self._noise[owners])
             agreed = Goal(self._goal.labels[owners], self._goal.targeted).met(self._seen(answers, owners))
             hits, owners, distance = hits[agreed], owners[agreed], distance[agreed]

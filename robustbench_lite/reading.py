@@ -17,19 +17,22 @@ def leaderboard(
     folder: Annotated[Path, typer.Argument(help="A results folder.")],
     csv: Annotated[Path | None, typer.Option(help="Write the leaderboard.")] = None,
     table: options.Table = None,
+    html: options.Html = None,
     matrix: Annotated[Path | None, typer.Option(help="Write the matrix.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Write a line an input and attack.")] = None,
     per_class: Annotated[Path | None, typer.Option(help="Write accuracies by class.")] = None,
     with_robustbench: Annotated[
         Path | None, typer.Option(help="Rank the entries of RobustBench's model_info in this folder too.")
     ] = None,
+    data_dir: options.DataDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the leaderboard as JSON.")] = False,
 ) -> None:
     """The tables of all that a results folder holds."""
-    options.writable(*(file for file in (csv, table, matrix, rows, per_class) if file is not None))
+    options.writable(*(file for file in (csv, table, html, matrix, rows, per_class) if file is not None))
     options.exported(table)
     from robustbench_lite import model_info
-    from robustbench_lite.matrix import load
+    from robustbench_lite.matrix import load, write_html
+    from robustbench_lite.report import Part
 
     results = load(folder, _note)
     board = results.leaderboard()
@@ -39,8 +42,25 @@ def leaderboard(
             _note(f"{with_robustbench} has no entry for a data set and threat model of {folder}")
     running.write({csv: lambda: board, matrix: results.matrix, rows: results.rows, per_class: results.per_class})
     running.export(table, lambda: board)
+    if html is not None:
+        write_html([Part(results, board)], html, data_dir)
     running.show(results, as_json, board)
     raise typer.Exit(running.violated([results], running.stderr()))
+
+
+def plot(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A folder for the figures.")] = Path("figures"),
+    kind: Annotated[str, typer.Option("--format", help="svg, pdf or png.")] = "svg",
+) -> None:
+    """Draw the figures of a results folder for a paper: matrix, bounds, curves, distances, queries."""
+    from robustbench_lite import drawing
+    from robustbench_lite.curves import format_of
+    from robustbench_lite.matrix import load
+
+    format_of(f"figure.{kind}")
+    for file in drawing.draw(load(folder, _note), out, kind):
+        running.stdout().print(str(file), soft_wrap=True)
 
 
 def compare(
@@ -144,5 +164,5 @@ def doctor(data_dir: options.DataDir = None) -> None:
     running.stdout().print(listings.doctor(data_dir))
 
 
-TABLES: tuple[Callable[..., None], ...] = (leaderboard, compare, audit)
+TABLES: tuple[Callable[..., None], ...] = (leaderboard, plot, compare, audit)
 LISTS: tuple[Callable[..., None], ...] = (datasets, suites, models, layers, cache, doctor)

@@ -15,8 +15,9 @@ from torch import Tensor
 from robustbench_lite import __version__, leaderboard, probing, registry
 from robustbench_lite.certifying import searches
 from robustbench_lite.claims import Claims
+from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import frozen
-from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed
+from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed, Unfinished
 from robustbench_lite.planning import Plan
 from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
 from robustbench_lite.pool import Lost
@@ -107,7 +108,8 @@ class Runner:
                 told = True
                 time.sleep(POLL)
         attacked = {(job.chain, job.threat, job.adaptive): job for job in jobs if self.probing and not job.proves}
-        return [*(job.found for job in jobs if job.found is not None), *map(self._probe, attacked.values())]
+        probes = [probe for job in attacked.values() if (probe := self._probe(job)) is not None]
+        return [*(job.found for job in jobs if job.found is not None), *probes]
 
     @staticmethod
     def _jobs(plan: Plan) -> list[Job]:
@@ -178,15 +180,19 @@ class Runner:
             job.plugin = replace(cast(Any, plugin), learned=job.learned)
         self._advance(job, sum(map(len, job.done)))
 
-    def _probe(self, job: Job) -> leaderboard.Probe:
-        """What the first chunk shows of the model."""
+    def _probe(self, job: Job) -> leaderboard.Probe | None:
+        """What the first chunk shows of the model; nothing where a black box does not answer."""
         subject = self.station.subject(job.chain)
         cell, (start, stop) = probed_of(self.station, subject, job.threat, job.adaptive), spans(self.station)[0]
         found = None if self.fresh else self.store.load(cell, start, stop)
         if not isinstance(found, Probed):
             images, bench = self.station.images, self.station.bench(subject, job.plugin, job.threat, job.adaptive)
             with frozen(subject.model):
-                found = probing.probe(bench, images.x[:stop], images.y[:stop], torch.arange(stop))
+                try:
+                    found = probing.probe(bench, images.x[:stop], images.y[:stop], torch.arange(stop))
+                except Unfinished as error:
+                    self.watcher.note(f"{subject.defense} is not audited: {error}")
+                    return None
             self.store.save(cell, found)
         return probe_of(cell, found)
 
@@ -283,10 +289,11 @@ def cell_of(
         **_identity(station, subject, threat, adaptive),
         kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
         "eps": None if getattr(plugin, "minimises", False) else threat.eps,
-        **({"target": station.target} if search is None else {"search": search}),
+        **({"target": station.target, "precision": station.precision} if search is None else {"search": search}),
     }
-    if subject.model.stochastic and getattr(plugin, "access", None) == "gradients":
-        identity["eot"] = station.eot or subject.model.draws
+    known = subject.model if adaptive else subject.model.model
+    if isinstance(known, Defended) and known.stochastic and getattr(plugin, "access", None) == "gradients":
+        identity["eot"] = station.eot or known.draws
     if search is None and learns(cast(Attack, plugin)):
         identity["training"] = station.workshop.training.fingerprint
     if search is None and crafted(cast(Attack, plugin)):
@@ -331,11 +338,12 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
 def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
     about = cell.about
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
-    target, eot = cell.identity["target"], cell.identity.get("eot")
-    of_draws = "" if eot in (None, about["draws"]) else f" (eot {eot})"
+    target, eot, precision = (cell.identity.get(name) for name in ("target", "eot", "precision"))
+    ways = [f" to {target}"] * (target is not None) + [f" (eot {eot})"] * (eot not in (None, about["draws"]))
+    ways += [f" ({precision})"] * (precision != "float32")
     return leaderboard.Entry(
         **_setting(cell, threat.eps),
-        attack=f"{about['attack']}{'' if target is None else f' to {target}'}{of_draws}",
+        attack="".join([about["attack"], *ways]),
         adaptive=cell.identity.get("adaptive", True),
         threshold=about["threshold"],
         draws=about["draws"],
@@ -359,6 +367,7 @@ def _setting(cell: Cell, eps: float) -> dict[str, Any]:
         **{name: cell.identity[name] for name in ("norm", "seed")},
         "eps": eps,
         "subject": " ".join(place_of(cell)[:2]),
+        "cell": cell,
     }
 
 

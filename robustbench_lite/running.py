@@ -134,6 +134,15 @@ def export(path: Path | None, board: Callable[[], pd.DataFrame]) -> None:
         write_table(board(), path)
 
 
+def page(path: Path | None, found: Mapping[str, Results], data_dir: Path | None) -> None:
+    """Writes a page of results by the names of their parts."""
+    from robustbench_lite.matrix import write_html
+    from robustbench_lite.report import Part
+
+    if path is not None:
+        write_html([Part(results, results.leaderboard(), name) for name, results in found.items()], path, data_dir)
+
+
 def show(results: Results, as_json: bool, board: pd.DataFrame | None = None) -> None:
     """The leaderboard where something was attacked, and the certificates where something was certified; ``board``, if
     given, in place of the leaderboard."""

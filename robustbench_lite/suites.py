@@ -196,8 +196,8 @@ def _check(suite: Suite) -> None:
     _check_defenses(suite.defense)
     if suite.version < 1:
         raise ValueError(f"version must be 1 or more, not {suite.version}")
-    if suite.dataset not in data.SOURCES and not suite.dataset.startswith("npz:"):
-        more = ", and npz:FILE"
+    if suite.dataset not in data.SOURCES and not data.is_own(suite.dataset):
+        more = ", npz:FILE, folder:DIR"
         raise ValueError(f"dataset: no data set {suite.dataset!r}; {suggest(suite.dataset, data.SOURCES, more=more)}")
     if suite.model is not None and suite.model not in models.MODELS:
         more = "; code (FILE.py:factory) is named on the command line alone"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustbench_lite import data, registry
 from robustbench_lite.certifying import Court
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Defended, Precision
 from robustbench_lite.evaluation import Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import Outcome, Unfinished
@@ -63,6 +63,7 @@ class Station:
     radius: bool
     threads: int
     eot: int | None = None
+    precision: Precision = "float32"
     kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __call__(self, task: Task) -> Callable[[], Chunk]:
@@ -106,9 +107,9 @@ class Station:
         x, y = self.images.x, self.images.y
         with frozen(subject.model):
             classes = self._check(subject.model, threat)
-            sources = checked(lambda spec: self.source(spec, plugin.name).model, classes, x, y, threat)
+            sources = checked(lambda spec: self.source(spec, plugin.name).model, classes, x, y, threat, self.precision)
             settings = self.seed, self.target, self.batch, self.keep_all, adaptive
-            bench = Bench(subject.model, threat, classes, *settings, sources, self.eot)
+            bench = Bench(subject.model, threat, classes, *settings, sources, self.eot, self.precision)
             if not adaptive:
                 self._check(bench.known, threat)
         return bench
@@ -125,8 +126,10 @@ class Station:
         )
 
     def _check(self, model: Defended, threat: ThreatModel) -> int:
-        """How many classes the model knows, which are no more than a data set of ours has."""
-        classes = check(model, self.images.x, self.images.y, threat)
+        """How many classes the model knows, which are no more than a data set of ours has; the last is remembered."""
+        if model not in self.kept.get("checked", ()):
+            self.kept["checked"] = {model: check(model, self.images.x, self.images.y, threat, self.precision)}
+        classes: int = self.kept["checked"][model]
         if classes > self.images.classes and self.images.name in data.SOURCES:
             raise ValueError(f"the model knows {classes} classes, but {self.images.name} has {self.images.classes}")
         return classes

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import __version__, data, models, registry, zoo
-from robustbench_lite.defended import Defended, computing
+from robustbench_lite import __version__, classifiers, data, downloads, models, registry, zoo
+from robustbench_lite.blackbox import Answers, BlackBox, Line, Server, Terms, is_address
+from robustbench_lite.defended import Access, Defended, computing
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
 from robustbench_lite.training import Lab, Progress
@@ -42,12 +43,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a user's model expects and returns; see :class:`robustbench_lite.models.Adapted`."""
+    """What a user's model expects and returns; see :class:`robustbench_lite.classifiers.Adapted`. Of a black box,
+    ``access`` says what it answers, and on what terms, see :class:`robustbench_lite.blackbox.Terms`."""
 
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
     bounds: tuple[float, float] = (0.0, 1.0)
     probabilities: bool = False
+    access: str | None = None
+
+    @property
+    def adapting(self) -> dict[str, Any]:
+        """All but the access."""
+        return {name: value for name, value in vars(self).items() if name != "access"}
 
 
 AS_IS = Inputs()
@@ -61,9 +69,9 @@ def _silent(*_: object) -> None:
 class Workshop:
     """Where defended models come from.
 
-    ``model`` is an architecture's name, ``FILE.py:factory``, a module object, or None for the customary one;
-    ``weights`` fills an architecture. With weights, a file or an object the model is evaluated as it is (defense
-    ``none``, or wrappers only).
+    ``model`` is an architecture's name, a reference such as ``FILE.py:factory`` or a URL, a module object, or None for
+    the customary one; ``weights`` fills an architecture. With weights, a reference or an object the model is evaluated
+    as it is (defense ``none``, or wrappers only).
     """
 
     dataset: str
@@ -88,7 +96,27 @@ class Workshop:
 
     @property
     def _refers(self) -> bool:
-        return isinstance(self.model, str) and models.is_reference(self.model)
+        return isinstance(self.model, str) and classifiers.is_reference(self.model)
+
+    @cached_property
+    def terms(self) -> Terms | None:
+        """Of a black box."""
+        return None if self.inputs.access is None else Terms.parse(self.inputs.access)
+
+    @property
+    def access(self) -> Access:
+        """What can be seen of the model."""
+        if self.terms is not None:
+            return self.terms.access
+        return self.model.access if isinstance(self.model, Defended) else "gradients"
+
+    @cached_property
+    def _line(self) -> Line:
+        """To the black box: one for all defenses, so that its terms are kept."""
+        assert self.terms is not None
+        if is_address(self.model):
+            return Line(Server(self.architecture, self.terms.access), self.terms)
+        return Line(classifiers.function(self.architecture), self.terms)
 
     @property
     def architecture(self) -> str:
@@ -104,15 +132,16 @@ class Workshop:
         """
         links = self.links(chain)
         wrappers = links if self.own else links[1:]
-        model = (Defended(self._own()) if self.own else self._trained(links[0])).eval().to(self.device)
+        model = (self._guarded() if self.own else self._trained(links[0])).eval().to(self.device)
         for wrapper in wrappers:
             model = wrapper(model, self._lab(wrapper)).eval().to(self.device)
         identity = {
             "defense": self.spec(links),
             "weights": weights_hash(model),
             "code": self._code(),
-            "inputs": vars(self.inputs),
+            "inputs": self.inputs.adapting,
             "wrappers": [_identity(wrapper) for wrapper in wrappers],
+            **({} if self.terms is None else {"access": self.access, "classes": self.classes}),
         }
         return Subject(model, self.spec(links), self.architecture, identity)
 
@@ -175,7 +204,8 @@ class Workshop:
             ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
         """
         if not self.own and self.inputs != AS_IS:
-            raise ValueError("mean, std, bounds and probabilities describe a model of yours; give it, or its weights")
+            raise ValueError("mean, std, bounds, probabilities and access describe a model of yours; give it")
+        self._check_access()
         if chain.strip() == NONE:
             if not self.own:
                 raise ValueError(f"defense {NONE} needs a trained model: --model FILE.py:factory, or --weights FILE")
@@ -203,30 +233,53 @@ class Workshop:
         """What a training is called where people see it."""
         return self._at(recipe) if self.asking else registry.spec(recipe)
 
+    def _check_access(self) -> None:
+        """Sees that a black box is one, and that what is asked of it can be had."""
+        if isinstance(self.model, Defended) and self.access != "gradients":
+            raise ValueError("a black box is named here as FILE.py:function or URL, which tells one from another later")
+        if self.terms is None:
+            if is_address(self.model):
+                raise ValueError(f"{self.model} is a black box; say what it answers: --access labels or scores")
+            return
+        code = self._refers and self.architecture.partition(":")[0] not in classifiers.KINDS
+        if not code or self.weights is not None:
+            raise ValueError("--access is for a black box: --model FILE.py:function or a URL, without weights")
+        if self.terms.access == "labels" and self.inputs.probabilities:
+            raise ValueError("--probabilities is about scores; labels are none")
+
+    def _guarded(self) -> Defended:
+        """The user's model behind nothing yet."""
+        own = self._own()
+        return Defended(own) if self.terms is None else BlackBox(own, self.terms.access)
+
     def _own(self) -> nn.Module:
         """The user's model, with its weights and from [0, 1] to logits."""
         if isinstance(self.model, nn.Module):
             model = self.model
+        elif self.terms is not None:
+            model = Answers(self._line, self.classes).eval()
         elif self._refers:
-            model = models.load_factory(self.architecture)
+            if self.weights is None and self.architecture.startswith("timm:"):
+                raise ValueError(f"{self.architecture} has no weights of its own; give --weights FILE")
+            model = classifiers.load(self.architecture, self.shape, self.classes)
+            usual = classifiers.customary_inputs(model)
+            if usual and not (self.inputs.mean or self.inputs.std):
+                self.note(f"{self.architecture} is customarily trained with {usual}; say so if yours was")
         else:
             model = models.build(self.architecture, self.shape, self.classes).eval()
         if self.weights is not None:
             fill(model, self.weights)
         if model.training:
             self.note(f"model {self.architecture} was in training mode; it is evaluated in eval mode")
-        if self.inputs == AS_IS:
+        if self.inputs.adapting == AS_IS.adapting:
             return model
-        return models.Adapted(model, **vars(self.inputs))
+        return classifiers.Adapted(model, **self.inputs.adapting)
 
     def _code(self) -> str:
         """What stands for the user's code in a key: the hash of its file, or where it was imported from."""
         if isinstance(self.model, nn.Module):
             return f"{type(self.model).__module__}.{type(self.model).__qualname__}: {self.model}"
-        place, _, factory = self.architecture.rpartition(":")
-        if not place.endswith(".py"):
-            return self.architecture
-        return f"{hashlib.sha256(Path(place).read_bytes()).hexdigest()}:{factory}"
+        return self.architecture if is_address(self.model) else classifiers.fingerprint(self.architecture)
 
     def _trained(self, recipe: Defense) -> Defended:
         """What ships, else what the cache holds, else newly trained and then cached."""
@@ -263,7 +316,7 @@ class Workshop:
             "seed": seed,
         }
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-        return data.cache_dir() / "trained" / f"{key}.{suffix}"
+        return downloads.cache_dir() / "trained" / f"{key}.{suffix}"
 
     def _made_of(self, recipe: Defense) -> dict[str, Any]:
         """The identity of a recipe, with that of its sources for what they are called."""

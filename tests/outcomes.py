@@ -40,7 +40,7 @@ def made(letters: str, start: int = 0, **columns: Any) -> Outcome:
         "status": status,
         "reason": np.where(status == UNKNOWN, 'error: it fell over, "badly"', ""),
         "distance": np.where(broken, 0.25, np.nan),
-        "right": np.where(broken | (status == WRONG), 0.0, 1.0),
+        "share": np.where(broken | (status == WRONG), 0.0, 1.0),
         "forwards": np.full(count, 3),
         "backwards": np.full(count, 2),
         "seconds": np.full(count, 0.5),

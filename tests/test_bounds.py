@@ -16,8 +16,9 @@ from robustbench_lite.bounds import Ball, Bounds, Graph, Unbounded, differences,
 from robustbench_lite.bounds.graph import RULES
 from robustbench_lite.bounds.maps import Convolution, Full, Terms
 from robustbench_lite.bounds.relax import GELU, SIGMOID, SILU, TANH, Interval, Rectifier, Smooth
+from robustbench_lite.classifiers import Adapted
 from robustbench_lite.data import load
-from robustbench_lite.models import MODELS, Adapted, build
+from robustbench_lite.models import MODELS, build
 from robustbench_lite.norms import NORMS
 from robustbench_lite.threat import ThreatModel
 

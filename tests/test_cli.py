@@ -869,7 +869,7 @@ LATER = {  # said after the line that says what is about to run
     f"{PGD} --out model.py": "cannot write to the results folder model.py: ",
     f"{PGD} --out model.py/runs": "cannot write to the results folder model.py/runs: ",
     f"{PGD} --model none.py:f": "model 'none.py:f': there is no file none.py",
-    f"{PGD} --model model.py": "model 'model.py' names no factory; write model.py:NAME",
+    f"{PGD} --model model.py": "model 'model.py': it names no function; write model.py:NAME",
     f"{PGD} --model model.py:none": "model 'model.py:none': model.py has no function 'none'",
     f"{PGD} --model model.py:broken": "model 'model.py:broken' could not be made: RuntimeError: no luck",
     f"{PGD} --model model.py:seven": "model 'model.py:seven' returned a int, not an nn.Module",

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from robustbench_lite import data
-from robustbench_lite.data import SOURCES, Images, cache_dir, customary_eps, load
+from robustbench_lite import data, downloads
+from robustbench_lite.data import SOURCES, Images, customary_eps, load
+from robustbench_lite.downloads import cache_dir
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (12, 28, 28), np.uint8)
@@ -53,7 +54,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     files = {IMAGES: idx(PIXELS), ANSWERS: idx(LABELS)}
     for name in ("mnist", "fashion-mnist"):
         for file, content in files.items():
-            monkeypatch.setitem(data._SHA256[name], file, hashlib.sha256(content).hexdigest())
+            monkeypatch.setitem(downloads._SHA256[name], file, hashlib.sha256(content).hexdigest())
     return files
 
 
@@ -129,9 +130,10 @@ def test_take_keeps_the_metadata() -> None:
     [
         (
             "mnits",
-            "no data set 'mnits'; did you mean mnist? There are: cifar10, digits, fashion-mnist, mnist, and npz:FILE",
+            "no data set 'mnits'; did you mean mnist? "
+            "There are: cifar10, digits, fashion-mnist, mnist, npz:FILE, folder:DIR",
         ),
-        ("?", "no data set '?'; there are: cifar10, digits, fashion-mnist, mnist, and npz:FILE"),
+        ("?", "no data set '?'; there are: cifar10, digits, fashion-mnist, mnist, npz:FILE, folder:DIR"),
     ],
 )
 def test_unknown_names_get_the_nearest_and_the_list(name: str, message: str) -> None:
@@ -253,7 +255,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             servers.append(server)
             urls.append(f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setitem(data._MIRRORS, name, tuple(urls))
+        monkeypatch.setitem(downloads._MIRRORS, name, tuple(urls))
         return requests
 
     yield start
@@ -323,7 +325,7 @@ def test_without_any_mirror_the_error_says_what_to_put_where(given: bool, tmp_pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         host = f"127.0.0.1:{free.getsockname()[1]}"
-    monkeypatch.setitem(data._MIRRORS, "mnist", (f"http://{host}/",))
+    monkeypatch.setitem(downloads._MIRRORS, "mnist", (f"http://{host}/",))
     root = tmp_path if given else Path("DIR")
     path = root / "MNIST/raw" / f"{IMAGES}.gz"
     assert refusal("mnist", "train", tmp_path if given else None) == (
@@ -487,7 +489,7 @@ def test_cifar10_archive_from_a_mirror_and_from_the_folder(
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
         tar.add(tmp_path / "cifar-10-batches-py", "cifar-10-batches-py")
     archive, body = "cifar-10-python.tar.gz", packed.getvalue()
-    monkeypatch.setitem(data._SHA256["cifar10"], archive, hashlib.sha256(body).hexdigest())
+    monkeypatch.setitem(downloads._SHA256["cifar10"], archive, hashlib.sha256(body).hexdigest())
 
     requests = serve("cifar10", {archive: (200, body[:-1] + b"!", len(body))}, {archive: (200, body, len(body))})
     assert load("cifar10", "train").fingerprint == written.fingerprint
@@ -659,7 +661,7 @@ def test_images_are_told_apart_by_identity() -> None:
 
 
 def test_progress_is_shown_on_a_terminal_only(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    bar = data._Megabytes("file")
+    bar = downloads._Megabytes("file")
     bar.total = 3 << 20
     bar.update(2 << 20)
     assert capsys.readouterr().err == ""

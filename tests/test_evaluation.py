@@ -588,7 +588,7 @@ def test_a_frame_has_a_row_an_input():
     assert "images" not in COLUMNS
     assert len(frame) == 250
     whole = {"row", "label", "clean", "adversarial", "forwards", "backwards"}
-    real, text = {"distance", "seconds"}, {"status", "reason"}
+    real, text = {"distance", "share", "seconds"}, {"status", "reason"}
     assert {name for name in COLUMNS if frame[name].dtype == np.int64} == whole
     assert {name for name in COLUMNS if frame[name].dtype == np.float64} == real
     assert set(COLUMNS) - whole - real == text

@@ -125,7 +125,8 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     kinds = (".py", ".toml", ".safetensors")
     modules |= {f"robustbench_lite/benchmarks/suites/{path.name}" for path in (ROOT / "benchmarks/suites").iterdir()}
     zoo = (path.name for path in (ROOT / "robustbench_lite/zoo").iterdir() if path.suffix in kinds)
-    modules |= {f"robustbench_lite/templates/{path.name}" for path in (core / "templates").iterdir()}
+    for folder in ("page", "templates"):
+        modules |= {f"robustbench_lite/{folder}/{path.name}" for path in (core / folder).iterdir()}
     needed = {
         "robustbench_lite/py.typed",
         "robustbench_lite/zoo/manifest.toml",

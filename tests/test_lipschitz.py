@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from robustbench_lite import data
 from robustbench_lite.certificate import SOUND
+from robustbench_lite.classifiers import Adapted
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.lipschitz import convolution_norm, layer_norms, pairwise
-from robustbench_lite.models import Adapted, PreActBlock, build
+from robustbench_lite.models import PreActBlock, build
 from robustbench_lite.noise import Noise
 from robustbench_lite.registry import make
 from robustbench_lite.smoothed import Smoothed

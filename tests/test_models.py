@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustbench_lite.classifiers import Adapted, is_reference, load
 from robustbench_lite.defended import Defended, ask, steady
-from robustbench_lite.models import MODELS, Adapted, Shape, build, customary, is_reference, load_factory
+from robustbench_lite.models import MODELS, Shape, build, customary
 from robustbench_lite.noise import Noise
 
 IMAGES = {"mnist": (1, 28, 28), "digits": (1, 8, 8), "cifar10": (3, 32, 32)}
@@ -122,10 +123,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_factory_is_called(file: Path):
-    model = load_factory(f"{file}:good")
+    model = load(f"{file}:good", (3,), 2)
     assert isinstance(model, nn.Linear)
     assert model.in_features == 3
-    assert isinstance(load_factory("torch.nn:Identity"), nn.Identity)
+    assert isinstance(load("torch.nn:Identity", (3,), 2), nn.Identity)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,12 @@ def test_a_factory_is_called(file: Path):
         ("fails", "RuntimeError: Error(s) in loading state_dict: Missing key(s)"),
         ("refuses", "no weights here"),
         ("number", "returned a int, not an nn.Module"),
-        ("", "names no factory"),
+        ("", "names no function"),
     ],
 )
 def test_a_factory_that_gives_no_model_is_refused_in_one_line(file: Path, name: str, complaint: str):
     with pytest.raises(ValueError) as caught:
-        load_factory(f"{file}:{name}")
+        load(f"{file}:{name}", (3,), 2)
     assert complaint in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -151,14 +152,14 @@ def test_a_factory_that_gives_no_model_is_refused_in_one_line(file: Path, name: 
     ("reference", "complaint"),
     [
         ("nowhere/mine.py:good", "there is no file nowhere"),
-        ("nowhere/mine.py", "names no factory"),
+        ("nowhere/mine.py", "names no function"),
         ("no_such_module_here:good", "ModuleNotFoundError"),
-        (":good", "names no factory"),
+        (":good", "names no function"),
     ],
 )
 def test_a_factory_that_is_not_there_is_refused_in_one_line(reference: str, complaint: str):
     with pytest.raises(ValueError) as caught:
-        load_factory(reference)
+        load(reference, (3,), 2)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -167,7 +168,7 @@ def test_a_file_that_does_not_run_is_refused_in_one_line(tmp_path: Path):
     for name, source in {"syntax": "def f(:", "imports": "import no_such_module_here", "raises": "1 / 0"}.items():
         (tmp_path / f"{name}.py").write_text(source)
         with pytest.raises(ValueError, match="could not be made") as caught:
-            load_factory(f"{tmp_path / name}.py:f")
+            load(f"{tmp_path / name}.py:f", (3,), 2)
         assert "\n" not in str(caught.value)
 
 

@@ -17,6 +17,7 @@ from robustbench_lite.defended import Defended, ask, ask_finally
 from robustbench_lite.evaluation import Bench, check, evaluate
 from robustbench_lite.leaderboard import Entry, Probe, by_draw
 from robustbench_lite.matrix import benchmark, load
+from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
 from robustbench_lite.probing import probe
 from robustbench_lite.problem import Budget, Problem
@@ -126,8 +127,8 @@ def test_the_vote_is_broken_where_the_median_crosses_and_not_before():
     near, far = (evaluate("pgd:steps=10", model, found.x, found.y, f"l2:{eps}", eot=8) for eps in (0.27, 0.33))
     assert (near.status == "held").all()
     assert (far.status == "broken").all()
-    assert (near.right[near.status == "held"] > 0.5).all()
-    assert (far.right < 0.5).all()
+    assert (near.share[near.status == "held"] > 0.5).all()
+    assert (far.share < 0.5).all()
 
 
 def test_one_gradient_says_nothing_where_many_do():
@@ -182,8 +183,8 @@ def test_a_declared_draw_is_no_flaw():
 
 def test_the_figures_of_a_single_draw_by_hand():
     """Of four inputs two are never right under the worst attack, one half of the time, one always."""
-    one = made("hhhb", right=[0.5, np.nan, 1.0, 0.0])
-    two = made("hbhb", right=[0.8, 0.0, 1.0, 0.0])
+    one = made("hhhb", share=[0.5, np.nan, 1.0, 0.0])
+    two = made("hbhb", share=[0.8, 0.0, 1.0, 0.0])
     found = by_draw([one, two])
     assert found == {"draw_mean": (0.5 + 0 + 1 + 0) / 4, "draw_std": 0.5 / 4}
     lost = replace(one, status=np.array(["unknown", "held", "held", "broken"]))
@@ -194,9 +195,9 @@ SETTINGS = {
     "attacks": ["pgd:steps=3", "square:queries=20"],
     "defenses": "smoothed:sigma=0.1,draws=5",
     "dataset": "digits",
-    "threats": ["linf:0.1"],
+    "threats": ["linf:0.01"],
     "n": 150,
-    "model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)),
+    "model": build("mlp", (1, 8, 8), 10),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import data, models, registry, trained, training, zoo
+from robustbench_lite import classifiers, data, models, registry, trained, training, zoo
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.noise import Noise
@@ -447,7 +447,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_model_from_a_file_is_evaluated_as_it_is(shop: Shop, file: Path, images: Tensor):
     subject = shop(model=f"{file}:load").subject("none")
-    expected = models.load_factory(f"{file}:load").eval()
+    expected = classifiers.load(f"{file}:load", (1, 8, 8), 10).eval()
     with torch.no_grad():
         torch.testing.assert_close(subject.model(images), expected(images), rtol=0, atol=0)
     assert (subject.defense, subject.architecture, subject.parameters) == ("none", f"{file}:load", 650)
@@ -464,7 +464,7 @@ def test_a_model_in_training_mode_is_told(shop: Shop, file: Path, images: Tensor
 
 
 def test_weights_fill_a_model_from_a_file(shop: Shop, file: Path, tmp_path: Path):
-    net = models.load_factory(f"{file}:load")
+    net = classifiers.load(f"{file}:load", (1, 8, 8), 10)
     with torch.no_grad():
         net[1].weight += 1
     save(net, tmp_path / "w.safetensors")
@@ -519,7 +519,9 @@ def test_inputs_are_adapted(shop: Shop, net: nn.Module, images: Tensor):
 
 
 def test_inputs_of_a_model_that_is_trained_here_are_refused(shop: Shop):
-    one_line(lambda: shop(inputs=Inputs(mean=(0.5,))).subject("standard"), "mean, std, bounds and probabilities")
+    one_line(
+        lambda: shop(inputs=Inputs(mean=(0.5,))).subject("standard"), "mean, std, bounds, probabilities and access"
+    )
 
 
 def test_a_std_of_zero_is_one_line(shop: Shop, net: nn.Module):

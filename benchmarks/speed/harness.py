@@ -1,4 +1,5 @@
-"""What the harness costs: beside the model under PGD, to read a matrix that is stored, and what a second worker brings.
+"""What the harness costs: beside the model under PGD, to read a matrix that is stored, to show it; and what a
+second worker brings.
 
 python benchmarks/speed/harness.py
 """
@@ -78,7 +79,12 @@ def cached(side: int, n: int) -> str:
         assert len(results.leaderboard()) == side
         results.matrix()
         whole = time.perf_counter() - began
-    return f"a stored {side}x{side} matrix of {n} images: read in {read:.2f} s, with tables {whole:.2f} s"
+        page = Path(out) / "page.html"
+        began = time.perf_counter()
+        load(out).to_html(page)
+        shown, size = time.perf_counter() - began, page.stat().st_size / 1e6
+    told = f"read in {read:.2f} s, with tables {whole:.2f} s; as a page in {shown:.2f} s, {size:.1f} MB"
+    return f"a stored {side}x{side} matrix of {n} images: {told}"
 
 
 def scaling(n: int) -> str:
