@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from robustbench_lite import registry
+from robustbench_lite.defended import LEVELS
 from robustbench_lite.norms import NORMS
-from robustbench_lite.problem import LEVELS
 
 Check = Callable[[], None]  # raises AssertionError, with a sentence, where a contract is broken
 
