@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustbench_lite import __version__, options, reading, registry, running
+from robustbench_lite import __version__, options, reading, registry, running, scaffold
 from robustbench_lite.options import HOW, RESULTS, TALK, WHAT
 from robustbench_lite.running import STOPPED, USAGE
 
@@ -485,7 +485,7 @@ for _command in reading.TABLES:
     app.command()(_command)
 for _kind in registry.KINDS:
     app.command(f"{_kind}s", help=f"List the {_kind}s with their settings, or explain one.")(reading.listing(_kind))
-for _command in reading.LISTS:
+for _command in (*reading.LISTS, scaffold.new):
     app.command()(_command)
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("place")
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if ".py\n" not in block[:20]])
