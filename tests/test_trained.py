@@ -552,7 +552,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> 
         command="none",
         version="0",
     )
-    lines = "\n".join(f"{name} = {value!r}" for name, value in vars(entry).items())
+    lines = "\n".join(f"{name} = {value!r}" for name, value in vars(entry).items() if value is not None)
     (folder / "manifest.toml").write_text(f"[[weights]]\n{lines}\n")
     monkeypatch.setattr(zoo, "FOLDER", folder)
     zoo.manifest.cache_clear()
