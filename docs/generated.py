@@ -1,0 +1,219 @@
+"""What the pages take from the code: an insert is a line ``{{ name }}``, and a name that is not here fails the build."""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+import robustbench_lite as rb
+from robustbench_lite import audit, comparison, curves, data, leaderboard, models, outcome, registry
+from robustbench_lite.defended import Defended
+from robustbench_lite.noise import Noise
+from robustbench_lite.norms import NORMS
+from robustbench_lite.plugins import learns
+from robustbench_lite.trained import complete
+from robustbench_lite.training import Lab, Recipe
+
+HERE = Path(__file__).parent
+FRAME = ("dataset", "defense", "norm", "eps")  # begins a line of the rows CSV
+TABLES: dict[str, Sequence[str]] = {
+    "leaderboard": leaderboard.LEADERBOARD,
+    "certificates": leaderboard.CERTIFICATES,
+    "per_class": leaderboard.PER_CLASS,
+    "curves": curves.CURVES,
+    "comparison": comparison.COMPARISON,
+    "audit": [*audit.table([]).columns],
+    "outcome": [*FRAME, "attack", "seed", "adaptive", *outcome.Outcome.columns()],
+    "certified": [*FRAME, "certifier", "seed", *outcome.Certified.columns()],
+    "probed": outcome.Probed.columns(),
+}
+SIDE, CLASSES = 8, 10
+EPS = {"linf": 0.001, "l2": 0.001, "l1": 0.001, "l0": 1, "patch": 0.02}
+
+
+def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+def columns(name: str) -> str:
+    """A line a column, in order."""
+    said = tomllib.loads((HERE / "columns.toml").read_text())
+    missing = [column for column in TABLES[name] if column not in {**said["common"], **said[name]}]
+    idle = [column for column in said[name] if column not in TABLES[name]]
+    idle += [column for column in said["common"] if not any(column in there for there in TABLES.values())]
+    if missing or idle:
+        raise ValueError(f"columns.toml: {name} lacks {missing}, and has lines for no column: {idle}")
+    about = {**said["common"], **said[name]}
+    return table(["column", "what it says"], ([f"`{column}`", about[column]] for column in TABLES[name]))
+
+
+def arrays(chunk: type[outcome.Rows]) -> str:
+    """The fields of a stored chunk with their types."""
+    hints = get_type_hints(chunk)
+    types = {name: get_args(get_args(hints[name])[1])[0].__name__ for name in chunk.arrays()}
+    return ", ".join(f"`{name}` ({'text' if kind == 'str_' else kind})" for name, kind in types.items())
+
+
+def flags() -> str:
+    lines = ([f"`{name}`", flag.means, flag.advice] for name, flag in audit.FLAGS.items())
+    return table(["flag", "what it means", "what to do"], lines)
+
+
+def datasets() -> str:
+    heads = ["name", "shape", "classes", "train", "test", "customary eps", "what it is"]
+    return table(
+        heads,
+        (
+            [
+                f"`{source.name}`",
+                " × ".join(map(str, source.shape)),
+                source.classes,
+                f"{source.train:,}",
+                f"{source.test:,}",
+                ", ".join(f"{norm} {eps:.3g}" for norm, eps in source.eps.items()),
+                f"{source.about} ({source.paper})",
+            ]
+            for source in data.SOURCES.values()
+        ),
+    )
+
+
+def limits() -> str:
+    """The README's, which is where they stand."""
+    readme = (HERE.parent / "README.md").read_text()
+    return readme.partition("## Limits\n")[2].partition("\n## ")[0]
+
+
+def plugins(kind: registry.Kind, about: Callable[[str, Any], str]) -> str:
+    """A section a plugin that comes with the package."""
+    parts = []
+    for name in registry.builtin(kind):
+        cls: Any = registry.find(kind, name)
+        parts += [f"## {name}", cleandoc(cls.__doc__), about(name, cls)]
+        if settings := registry.defaults(cls):
+            lines = ([f"`{setting}`", f"`{value}`"] for setting, value in settings.items())
+            parts.append(table(["setting", "default"], lines))
+        if cls.bibtex:
+            parts.append(f"```bibtex\n{cls.bibtex}\n```")
+    return "\n\n".join(parts)
+
+
+def norms(cls: Any) -> str:
+    return ", ".join(norm for norm in NORMS if norm in cls.norms)
+
+
+class Stubborn(nn.Module):
+    """A linear model whose answer changes within the pixel range, but not within any of ``EPS``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pixels = SIDE * SIDE
+        signs = Noise(0, torch.arange(CLASSES)).signs(torch.empty(CLASSES, pixels))
+        self.weight = nn.Parameter(signs / pixels)
+        own = nn.functional.one_hot(torch.tensor(0), CLASSES)
+        self.bias = nn.Parameter(0.05 * own - self.weight.detach().sum(1) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x.flatten(1), self.weight, self.bias)
+
+
+def grey(count: int) -> tuple[Tensor, Tensor]:
+    """Images of which :class:`Stubborn` says class 0 by a margin of 0.05."""
+    return torch.full((count, 1, SIDE, SIDE), 0.5), torch.zeros(count, dtype=torch.int64)
+
+
+def queries(name: str, cls: Any) -> str:
+    """What an input costs that an attack does not break, with the default settings; measured."""
+    model, (x, y) = Stubborn(), grey(2)
+    norm = next(norm for norm in NORMS if norm in cls.norms)
+    attack, threat = registry.make("attack", name), f"{norm}:{EPS[norm]}"
+    before = ""
+    if learns(attack):
+        attack = rb.fit_attack(attack, model, *grey(attack.images), threat)
+        before = f", after it has learned from {attack.images:,} images"
+    found = rb.evaluate(attack, model, x, y, threat, sources=lambda spec: Defended(model))
+    return f"{found.forwards.max():,} forwards and {found.backwards.max():,} backwards{before}"
+
+
+def attack(name: str, cls: Any) -> str:
+    seeks = "the nearest adversarial input, whatever eps" if getattr(cls, "minimises", False) else "one within eps"
+    facts = [["sees", cls.access], ["norms", norms(cls)], ["seeks", seeks], ["costs", queries(name, cls)]]
+    return table(["", ""], facts)
+
+
+class Counter:
+    """Counts the rows that a model answers and those that gradients pass, as hooks of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forwards = self.backwards = 0
+        model.register_forward_hook(self._forward)
+
+    def _forward(self, model: nn.Module, asked: object, answer: object) -> None:
+        if not isinstance(answer, Tensor):
+            return  # bounds trace the model with no input
+        self.forwards += len(answer)
+        if answer.requires_grad:
+            answer.register_hook(self._backward)
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+def defense(name: str, cls: Any) -> str:
+    """What a recipe asks of the model for a training image and epoch, what a wrapper does for an answer; measured."""
+    plugin = complete(registry.make("defense", name), "digits")
+    images = data.load("digits", "train")
+    images = images.take(slice(0, 64))
+    model, source = (models.build("mlp", images.shape, images.classes, seed) for seed in (0, 1))
+    lab = Lab(lambda: images, Noise(0, torch.arange(len(images))), lambda spec: Defended(source).eval())
+    if isinstance(plugin, Recipe):
+        counter = Counter(model)
+        loss, _ = plugin.objective(model, lab)(images.x, images.y, lab.noise, float(plugin.epochs))
+        loss.backward()
+        each = counter.forwards / len(images), counter.backwards / len(images)
+        facts = [["kind", "a recipe"], ["a training image costs", "{:g} forwards and {:g} backwards an epoch".format(*each)]]
+    else:
+        guarded = plugin(model, lab)
+        counter = Counter(model)
+        guarded.answer(images.x, noise=lab.noise)
+        facts = [["kind", "a wrapper"], ["an answer costs", f"{counter.forwards / len(images):g} forwards"]]
+        if guarded.stochastic:
+            facts += [["answers at random", f"{guarded.draws} draws vote on what is judged"]]
+    return table(["", ""], facts)
+
+
+def certifier(name: str, cls: Any) -> str:
+    radius = "the largest that it can prove" if getattr(cls, "exact_radius", False) else "eps; by bisection with `--radius`"
+    return table(["", ""], [["norms", norms(cls)], ["radius", radius]])
+
+
+def foolbox() -> str:
+    members: set[Any] = set(registry.families("attack")["foolbox"]().values())
+    lines = sorted([f"`{cls.name}`", norms(cls), cls.access] for cls in members)
+    return table(["attack", "norms", "sees"], lines)
+
+
+INSERTS: dict[str, Callable[[], str]] = {
+    **{f"columns of {name}": lambda name=name: columns(name) for name in TABLES},
+    "chunk of an attack": lambda: arrays(outcome.Outcome),
+    "chunk of a certifier": lambda: arrays(outcome.Certified),
+    "chunk of a probe": lambda: arrays(outcome.Probed),
+    "flags": flags,
+    "datasets": datasets,
+    "limits": limits,
+    "attacks": lambda: plugins("attack", attack),
+    "defenses": lambda: plugins("defense", defense),
+    "certifiers": lambda: plugins("certifier", certifier),
+    "foolbox": foolbox,
+}
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """MkDocs calls this for every page."""
+    return re.sub(r"^\{\{ (.+) \}\}$", lambda insert: INSERTS[insert[1]](), markdown, flags=re.MULTILINE)
