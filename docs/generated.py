@@ -90,6 +90,10 @@ def limits() -> str:
     return readme.partition("## Limits\n")[2].partition("\n## ")[0]
 
 
+def times(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def plugins(kind: registry.Kind, about: Callable[[str, Any], str]) -> str:
     """A section a plugin that comes with the package."""
     parts = []
@@ -99,8 +103,8 @@ def plugins(kind: registry.Kind, about: Callable[[str, Any], str]) -> str:
         if settings := registry.defaults(cls):
             lines = ([f"`{setting}`", f"`{value}`"] for setting, value in settings.items())
             parts.append(table(["setting", "default"], lines))
-        if cls.bibtex:
-            parts.append(f"```bibtex\n{cls.bibtex}\n```")
+        if paper := getattr(cls, "bibtex", ""):
+            parts.append(f"```bibtex\n{paper}\n```")
     return "\n\n".join(parts)
 
 
@@ -138,7 +142,7 @@ def queries(name: str, cls: Any) -> str:
         attack = rb.fit_attack(attack, model, *grey(attack.images), threat)
         before = f", after it has learned from {attack.images:,} images"
     found = rb.evaluate(attack, model, x, y, threat, sources=lambda spec: Defended(model))
-    return f"{found.forwards.max():,} forwards and {found.backwards.max():,} backwards{before}"
+    return f"{times(found.forwards.max(), 'forward')} and {times(found.backwards.max(), 'backward')}{before}"
 
 
 def attack(name: str, cls: Any) -> str:
@@ -148,21 +152,22 @@ def attack(name: str, cls: Any) -> str:
 
 
 class Counter:
-    """Counts the rows that a model answers and those that gradients pass, as hooks of the model."""
+    """Counts how often a model answers about a batch, and how often gradients pass back, as a hook of the model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: int) -> None:
         self.forwards = self.backwards = 0
+        self._batch = batch
         model.register_forward_hook(self._forward)
 
-    def _forward(self, model: nn.Module, asked: object, answer: object) -> None:
-        if not isinstance(answer, Tensor):
-            return  # bounds trace the model with no input
-        self.forwards += len(answer)
+    def _forward(self, model: nn.Module, asked: object, answer: Tensor) -> None:
+        if len(answer) != self._batch:
+            return  # bounds trace the network with another
+        self.forwards += 1
         if answer.requires_grad:
             answer.register_hook(self._backward)
 
     def _backward(self, gradient: Tensor) -> None:
-        self.backwards += len(gradient)
+        self.backwards += 1
 
 
 def defense(name: str, cls: Any) -> str:
@@ -173,16 +178,16 @@ def defense(name: str, cls: Any) -> str:
     model, source = (models.build("mlp", images.shape, images.classes, seed) for seed in (0, 1))
     lab = Lab(lambda: images, Noise(0, torch.arange(len(images))), lambda spec: Defended(source).eval())
     if isinstance(plugin, Recipe):
-        counter = Counter(model)
+        counter = Counter(model, len(images))
         loss, _ = plugin.objective(model, lab)(images.x, images.y, lab.noise, float(plugin.epochs))
         loss.backward()
-        each = counter.forwards / len(images), counter.backwards / len(images)
-        facts = [["kind", "a recipe"], ["a training image costs", "{:g} forwards and {:g} backwards an epoch".format(*each)]]
+        each = f"{times(counter.forwards, 'forward')} and {times(counter.backwards, 'backward')} an epoch"
+        facts = [["kind", "a recipe"], ["a training image costs", each]]
     else:
         guarded = plugin(model, lab)
-        counter = Counter(model)
+        counter = Counter(model, len(images))
         guarded.answer(images.x, noise=lab.noise)
-        facts = [["kind", "a wrapper"], ["an answer costs", f"{counter.forwards / len(images):g} forwards"]]
+        facts = [["kind", "a wrapper"], ["an answer costs", times(counter.forwards, "forward")]]
         if guarded.stochastic:
             facts += [["answers at random", f"{guarded.draws} draws vote on what is judged"]]
     return table(["", ""], facts)
