@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustbench_lite import __version__, options, reading, registry, running
+from robustbench_lite import __version__, options, reading, registry, running, scaffold
 from robustbench_lite.options import HOW, RESULTS, TALK, WHAT
 from robustbench_lite.running import STOPPED, USAGE
 
@@ -44,25 +44,9 @@ def run(
     norm: options.OneNorm = None,
     eps: options.Eps = None,
     n: options.Count = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT),
-    ] = None,
-    adaptive: Annotated[
-        str,
-        typer.Option(
-            help="on: attacks know a defense's last wrapper; off: they are blind to it; both: a row each.",
-            rich_help_panel=WHAT,
-        ),
-    ] = "on",
-    eot: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Draws of a stochastic defense that gradients are averaged over; by default its own.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
+    target: options.Towards = None,
+    adaptive: options.Adaptive = "on",
+    eot: options.Eot = None,
     plugin: options.Plugins = None,
     model: options.Model = None,
     weights: options.Weights = None,
@@ -218,6 +202,9 @@ def curve(
     dataset: options.Dataset = "mnist",
     norm: Annotated[str, typer.Option("--norm", help="Of all eps.", rich_help_panel=WHAT)] = "linf",
     n: options.Count = None,
+    target: options.Towards = None,
+    adaptive: options.Adaptive = "on",
+    eot: options.Eot = None,
     model: options.Model = None,
     weights: options.Weights = None,
     mean: options.Mean = None,
@@ -268,6 +255,9 @@ def curve(
         defenses=defenses or None,
         dataset=dataset,
         threats=threats,
+        target=options.target(target),
+        adaptive=adaptive,
+        eot=eot,
         seed=seed,
         model=model,
         weights=weights,
@@ -495,7 +485,7 @@ for _command in reading.TABLES:
     app.command()(_command)
 for _kind in registry.KINDS:
     app.command(f"{_kind}s", help=f"List the {_kind}s with their settings, or explain one.")(reading.listing(_kind))
-for _command in reading.LISTS:
+for _command in (*reading.LISTS, scaffold.new):
     app.command()(_command)
 
 

@@ -382,11 +382,18 @@ class Bench:
         found = near.cpu().numpy()
         reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
+        raised = "the model answered the attack with NaN or infinite logits"
         label, points, right = torch.full_like(y, -1), x.clone(), torch.zeros(len(x), dtype=torch.float64)
         distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
         for proposed, valid in ((candidates, admissible), (problem.best, near)):
             strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
-            answers = ask_finally(self.model, strict, self.batch, noise)
+            try:
+                answers = ask_finally(self.model, strict, self.batch, noise)
+            except (Unfinished, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # what a model raises at an attack's point is a result, as its NaN is
+                raised = f"{ERROR}the model raised: {one_line(error)}"[:REASON]
+                answers = x.new_full((len(x), self.classes), torch.nan)
             size, says = threat.norm.size(strict.double() - x.double()), predicted(self.model, answers)
             better = valid & goal.met(goal.seen(answers, self.classes)) & ~(hit & (size >= distance))
             first = better | (valid & (label == -1) & answers.isfinite().all(1))
@@ -394,9 +401,7 @@ class Bench:
             right = torch.where(first.cpu(), share_right(self.model, answers, y).cpu(), right)
             points[better], hit = strict[better], hit | better
         broken = hit.cpu().numpy()
-        reason[(reason == "") & (label == -1).cpu().numpy()] = (
-            "the model answered the attack with NaN or infinite logits"
-        )
+        reason[(reason == "") & (label == -1).cpu().numpy()] = raised
         reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),

@@ -100,10 +100,11 @@ def models() -> list[RenderableType]:
             entry.model,
             percent(entry.clean_accuracy),
             f"{percent(entry.robust_accuracy)} ({entry.threat}, {entry.attack}, n={entry.examples})",
+            "" if entry.certified_accuracy is None else f"{percent(entry.certified_accuracy)} ({entry.certifier})",
         ]
         for entry in zoo.manifest()
     ]
-    heads = ["defense", "data set", "model", "clean %", "robust %"]
+    heads = ["defense", "data set", "model", "clean %", "robust %", "certified %"]
     made = [Text(f"{entry.file} is made by\n    {entry.command}") for entry in zoo.manifest()]
     return [table("architectures", ["model", "layers"], known), table("weights that ship", heads, shipped), *made]
 

@@ -79,6 +79,29 @@ Access = Annotated[
 Seed = Annotated[
     int, typer.Option("--seed", help="Of all randomness in the attacks and certifiers.", rich_help_panel=HOW)
 ]
+Towards = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="Attack towards a class: its number, next, random or least-likely.", rich_help_panel=WHAT
+    ),
+]
+Adaptive = Annotated[
+    str,
+    typer.Option(
+        "--adaptive",
+        help="on: attacks know a defense's last wrapper; off: they are blind to it; both: a row each.",
+        rich_help_panel=WHAT,
+    ),
+]
+Eot = Annotated[
+    int | None,
+    typer.Option(
+        "--eot",
+        min=1,
+        help="Draws of a stochastic defense that gradients are averaged over; by default its own.",
+        rich_help_panel=WHAT,
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", rich_help_panel=HOW)]
 Workers = Annotated[
     int, typer.Option("--workers", help="Processes that share the work; 0: none but this one.", rich_help_panel=HOW)
@@ -153,7 +176,7 @@ def known(attacks: list[str], certifiers: list[str], defenses: list[str]) -> Non
             if spec != "all":
                 registry.make(kind, spec)
     for chain in defenses:
-        for link in registry.split_chain(chain):
+        for link in registry.split_chain(registry.split_source(chain)[0]):
             if link not in ("all", "none"):
                 registry.make("defense", link)
 

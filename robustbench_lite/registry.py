@@ -32,7 +32,7 @@ _FOLDERS: dict[Kind, str] = {
     "defense": "robustbench_lite.defenses",
     "certifier": "robustbench_lite.certify",
 }
-_GROUPS: dict[Kind, str] = {kind: f"robustbench_lite.{kind}s" for kind in _FOLDERS}
+GROUPS: dict[Kind, str] = {kind: f"robustbench_lite.{kind}s" for kind in _FOLDERS}
 _NAME = re.compile(r"[a-z][a-z0-9/-]*")
 
 _tables: dict[Kind, dict[str, type]] = {kind: {} for kind in _FOLDERS}
@@ -223,7 +223,7 @@ def _scan(kind: Kind) -> None:
     for module in pkgutil.iter_modules(folder.__path__):
         if not module.name.startswith("_"):
             import_module(f"{folder.__name__}.{module.name}")
-    for point in entry_points(group=_GROUPS[kind]):
+    for point in entry_points(group=GROUPS[kind]):
         dist = f"{point.dist.name}=={point.dist.version}" if point.dist else point.module
         before = set(_tables[kind].values())
         try:

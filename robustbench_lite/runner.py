@@ -15,6 +15,7 @@ from torch import Tensor
 from robustbench_lite import __version__, leaderboard, probing, registry
 from robustbench_lite.certifying import searches
 from robustbench_lite.claims import Claims
+from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import frozen
 from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed, Unfinished
 from robustbench_lite.planning import Plan
@@ -290,8 +291,9 @@ def cell_of(
         "eps": None if getattr(plugin, "minimises", False) else threat.eps,
         **({"target": station.target, "precision": station.precision} if search is None else {"search": search}),
     }
-    if subject.model.stochastic and getattr(plugin, "access", None) == "gradients":
-        identity["eot"] = station.eot or subject.model.draws
+    known = subject.model if adaptive else subject.model.model
+    if isinstance(known, Defended) and known.stochastic and getattr(plugin, "access", None) == "gradients":
+        identity["eot"] = station.eot or known.draws
     if search is None and learns(cast(Attack, plugin)):
         identity["training"] = station.workshop.training.fingerprint
     if search is None and crafted(cast(Attack, plugin)):

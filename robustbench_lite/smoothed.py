@@ -44,7 +44,8 @@ class Smoothed(Defended):
             clean = x.unsqueeze(1).expand(-1, min(BLOCK, draws - first), *x.shape[1:])
             noisy = clean + self.sigma * noise.at("draws", first).normal(clean)
             logits = ask(model, noisy.flatten(0, 1), len(noisy.flatten(0, 1)))
-            counts.append(F.one_hot(logits.argmax(1), logits.shape[1]).view(len(x), -1, logits.shape[1]).sum(1))
+            votes = F.one_hot(logits.argmax(1), logits.shape[1]) * logits.isfinite().all(1, keepdim=True)
+            counts.append(votes.view(len(x), -1, logits.shape[1]).sum(1))
         return torch.stack(counts).sum(0)
 
 

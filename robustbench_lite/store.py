@@ -1,6 +1,7 @@
 """Results on disk: a folder a cell, a file a chunk of rows; written whole or not at all, checked when read."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -8,8 +9,10 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +23,7 @@ from robustbench_lite.outcome import Certified, Outcome, Probed
 Chunk = Outcome | Certified | Probed
 
 SCHEMA = 4
+_ROWS = f"rows of schema {SCHEMA}"
 _CHUNK_NAME = re.compile(r"([0-9]{8})-([0-9]{8})\.npz")
 
 
@@ -100,7 +104,7 @@ class Store:
                 _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
             part = _part(path)
             with part.open("wb") as file:
-                np.savez_compressed(file, schema=SCHEMA, rows=_table(chunk), imaged=chunk.imaged, images=chunk.images)
+                np.savez_compressed(file, **cast(Any, {_ROWS: _table(chunk), "images": chunk.images}))
             os.replace(part, path)
 
     def learned(self, cell: Cell) -> Tensor | None:
@@ -196,8 +200,10 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _table(chunk: Chunk) -> NDArray[np.void]:
-    """The columns as one array, which is read several times as fast as an array each; texts as wide as they are."""
+    """The columns as one array, which is read several times as fast as an array each; texts as wide as they are. A last
+    column says of which rows there are images."""
     columns = {name: getattr(chunk, name) for name in chunk.columns()}
+    columns["imaged"] = np.isin(chunk.row, chunk.imaged)
     for name, column in columns.items():
         if column.dtype.kind == "U":
             columns[name] = column.astype(f"U{max(1, int(np.char.str_len(column).max()))}")
@@ -208,8 +214,29 @@ def _table(chunk: Chunk) -> NDArray[np.void]:
 
 
 def _read(path: Path, kind: type[Chunk]) -> Chunk:
-    with np.load(path, allow_pickle=False) as file:
-        if int(file["schema"]) != SCHEMA:
-            raise ValueError(f"schema {int(file['schema'])}, not {SCHEMA}")
-        table, imaged, images = file["rows"], file["imaged"], file["images"]
+    with ZipFile(path) as file:
+        if f"{_ROWS}.npy" not in file.namelist():
+            raise ValueError(f"no {_ROWS}")
+        table, images = (_array(file.read(f"{name}.npy")) for name in (_ROWS, "images"))
+    imaged = table["row"][table["imaged"]]
+    if len(imaged) != len(images):
+        raise ValueError(f"{len(images)} images for {len(imaged)} inputs")
     return kind(**{name: table[name].copy() for name in kind.columns()}, imaged=imaged, images=images)
+
+
+def _array(content: bytes) -> NDArray[Any]:
+    """What a .npy file holds. Chunks have the same few headers, each of which takes as long to read as the rest."""
+    size = int.from_bytes(content[8:10], "little") + 10
+    dtype, shape = _header(content[:size])
+    return np.frombuffer(content, dtype, offset=size).reshape(shape)
+
+
+@lru_cache
+def _header(content: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    stream = io.BytesIO(content)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError("its arrays are of another version")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    if fortran or dtype.hasobject:
+        raise ValueError("its arrays hold objects, or are in another order")
+    return dtype, shape

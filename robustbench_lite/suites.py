@@ -215,7 +215,7 @@ def _check_name(name: str) -> None:
 def _check_defenses(chains: Texts) -> None:
     for chain in chains:
         with _naming("defense"):
-            for link in registry.split_chain(chain):
+            for link in registry.split_chain(registry.split_source(chain)[0]):
                 registry.make("defense", link)
 
 
@@ -223,7 +223,9 @@ def _plain(chain: str) -> str:
     """A chain from the command line as its shortest spec, which is equal for equal ones."""
     if chain in ("all", "none"):
         return chain
-    return "+".join(registry.spec(registry.make("defense", link)) for link in registry.split_chain(chain))
+    links, architecture = registry.split_source(chain)
+    plain = "+".join(registry.spec(registry.make("defense", link)) for link in registry.split_chain(links))
+    return f"{plain}@{architecture}" if architecture else plain
 
 
 @contextmanager

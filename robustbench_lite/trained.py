@@ -124,12 +124,29 @@ class Workshop:
             return type(self.model).__name__
         return self.model or models.customary(self.dataset, self.shape)
 
+    def at(self, chain: str) -> tuple["Workshop", str]:
+        """Where a chain is made: elsewhere than here if it names an architecture, as ``madry@cnn`` does; and the chain.
+
+        Raises:
+            ValueError: for an architecture that there is not, or where the model is the user's own.
+        """
+        plain, architecture = registry.split_source(chain)
+        if not architecture:
+            return self, chain
+        if self.own:
+            raise ValueError(f"defense {chain} names an architecture, but the model is given")
+        models.require(architecture)
+        return replace(self, model=architecture), plain
+
     def subject(self, chain: str) -> Subject:
-        """The defended model for a chain such as ``madry:eps=0.3+feature-squeezing``.
+        """The defended model for a chain such as ``madry:eps=0.3+feature-squeezing`` or ``wong-kolter:eps=0.1@cnn``.
 
         Raises:
             ValueError: for a chain that cannot be built here, or training data that is not there.
         """
+        place, plain = self.at(chain)
+        if place is not self:
+            return place.subject(plain)
         links = self.links(chain)
         wrappers = links if self.own else links[1:]
         model = (self._guarded() if self.own else self._trained(links[0])).eval().to(self.device)
@@ -180,7 +197,8 @@ class Workshop:
 
     def name(self, chain: str) -> str:
         """A chain and its architecture in full: equal for two that are trained here only if the models are."""
-        return f"{self.spec(self.links(chain))}@{self.architecture}"
+        place, plain = self.at(chain)
+        return f"{self.spec(place.links(plain))}@{place.architecture}"
 
     @staticmethod
     def spec(links: Sequence[Defense]) -> str:
@@ -203,6 +221,9 @@ class Workshop:
         Raises:
             ValueError: unless a recipe comes first and only wrappers follow; for a user's own model only wrappers.
         """
+        elsewhere, plain = self.at(chain)
+        if elsewhere is not self:
+            return elsewhere.links(plain)
         if not self.own and self.inputs != AS_IS:
             raise ValueError("mean, std, bounds, probabilities and access describe a model of yours; give it")
         self._check_access()
@@ -351,9 +372,8 @@ def load_defense(
     folder = None if data_dir is None else Path(data_dir)
     test = data.load(dataset, "test", folder)
     place = torch.device(device)
-    chain, architecture = registry.split_source(defense)
-    workshop = Workshop(dataset, test.shape, test.classes, data_dir=folder, model=architecture or model, device=place)
-    return workshop.subject(chain).model
+    workshop = Workshop(dataset, test.shape, test.classes, data_dir=folder, model=model, device=place)
+    return workshop.subject(defense).model
 
 
 def complete(recipe: Any, dataset: str) -> Any:

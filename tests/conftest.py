@@ -15,6 +15,7 @@ from robustbench_lite import cli, registry
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests run
 torch.set_num_threads(1)
+collect_ignore = ["packages"]  # whose tests are run as their own
 
 
 class Ran(NamedTuple):

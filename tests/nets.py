@@ -1,128 +1,23 @@
-"""Small models whose answers are known, inputs for them, and attacks written on the spot."""
+"""The models that plugins are held to, and attacks written on the spot."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from robustbench_lite.defended import Defended
-from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS
 from robustbench_lite.problem import Access, Problem
-
-DUAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "linf": lambda w: w.abs().sum(-1),
-    "l2": lambda w: w.square().sum(-1).sqrt(),
-    "l1": lambda w: w.abs().amax(-1),
-}
-
-
-class Linear(nn.Module):
-    """Logits ``x @ weight.T + bias`` of flattened inputs."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T + self.bias
-
-
-class Halfspace(NamedTuple):
-    model: Linear
-    x: Tensor
-    y: Tensor
-
-    def across(self, x: Tensor, distance: float) -> Tensor:
-        """``x`` moved towards the other class along the normal, the l2 way."""
-        normal = self.model.weight[1] - self.model.weight[0]
-        side = self.model(x).argmax(1).mul(-2).add(1).to(x).view(-1, *[1] * (x.dim() - 1))
-        return (x + distance * side * (normal / normal.norm()).view(x.shape[1:])).detach()
-
-
-def corner_gains(way: Tensor, x: Tensor) -> Tensor:
-    """How much the best colour in [0, 1] of each pixel adds to ``way * x``, largest first: (B, pixels)."""
-    colours = torch.where(way > 0, 1.0, 0.0).to(x) - x
-    gains = (way * colours).sum(1) if x.dim() == 4 else way * colours
-    return gains.flatten(1).sort(1, descending=True).values
-
-
-def halfspace(
-    norm: str,
-    distance: float,
-    count: int = 20,
-    shape: tuple[int, ...] = (1, 10, 10),
-    dtype: torch.dtype = torch.float32,
-) -> Halfspace:
-    """Two classes, and inputs that all lie exactly ``distance`` from the boundary, on either side in turn.
-
-    The pixel range does not bind: inputs and nearest adversarials lie well inside. Under l0 it does, and a ``distance``
-    of 1.25 takes all that the best pixel can give and a quarter of what the next can.
-    """
-    random = torch.Generator().manual_seed(sum(shape))
-    size = torch.Size(shape).numel()
-    w = (0.5 + 0.5 * torch.rand(size, generator=random, dtype=torch.float64)) * torch.where(
-        torch.rand(size, generator=random) < 0.5, -1.0, 1.0
-    )
-    w[size // 2] = 2.0
-    x = 0.4 + 0.2 * torch.rand(count, size, generator=random, dtype=torch.float64)
-    y = torch.arange(count) % 2
-    side = 2 * y - 1
-    for _ in range(60 if norm == "l0" else 1):  # under l0 what is wanted depends on where x has moved
-        if norm == "l0":
-            gains = corner_gains((-side.unsqueeze(1) * w).view(count, *shape), x.view(count, *shape))
-            shares = (distance - torch.arange(gains.shape[1])).clamp(0, 1)
-            wanted = side * (gains * shares).sum(1)
-        else:
-            wanted = side * distance * DUAL[norm](w)
-        x += ((wanted - (x - 0.5) @ w) / w.square().sum()).unsqueeze(1) * w
-    model = Linear(torch.stack([-w / 2, w / 2]), torch.stack([w.sum() / 4, -w.sum() / 4]))
-    assert x.min() > 0.02
-    assert x.max() < 0.98
-    return Halfspace(model.to(dtype), x.view(count, *shape).to(dtype), y)
-
-
-def many_classes(classes: int, count: int, size: int = 30) -> tuple[Linear, Tensor, Tensor]:
-    """A random linear model, and inputs with the labels that it gives them."""
-    random = torch.Generator().manual_seed(classes)
-    weight = torch.randn(classes, size, generator=random)
-    model = Linear(weight, -weight.sum(1) / 2)
-    x = 0.3 + 0.4 * torch.rand(count, size, generator=random)
-    return model, x, model(x).argmax(1)
-
-
-def nearest(model: Linear, x: Tensor, norm: str) -> Tensor:
-    """How far each input (B, D) of a linear model is from the nearest other class; only l0 minds the pixel range."""
-    logits = model(x)
-    label = logits.argmax(1, keepdim=True)
-    ways = model.weight - model.weight[label]
-    gap = logits.gather(1, label) - logits
-    if norm == "l0":
-        gains = [corner_gains(way, x).cumsum(1) for way in ways.unbind(1)]
-        distance = torch.stack([(gain < gap[:, [k]]).sum(1) + 1 for k, gain in enumerate(gains)], 1).to(gap)
-    else:
-        distance = gap / DUAL[norm](ways)
-    return distance.scatter(1, label, torch.inf).amin(1).detach()
-
-
-def convolutional(
-    count: int, classes: int = 4, low: float = 0.0, high: float = 1.0, sharpness: float = 1.0
-) -> tuple[nn.Module, Tensor, Tensor]:
-    """A random convolutional net on 1x8x8, and inputs in [low, high] with the labels that it gives them."""
-    random = torch.Generator().manual_seed(3)
-    net = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(54, classes)).eval()
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.5)
-    x = low + (high - low) * torch.rand(count, 1, 8, 8, generator=random)
-    with torch.no_grad():
-        centre = net(x).mean(0)
-        net[-1].bias -= centre
-        net[-1].weight *= sharpness
-        net[-1].bias *= sharpness
-        return net, x, net(x).argmax(1)
+from robustbench_lite.testing.nets import DUAL as DUAL
+from robustbench_lite.testing.nets import GUARDED as GUARDED
+from robustbench_lite.testing.nets import Guarded as Guarded
+from robustbench_lite.testing.nets import Halfspace as Halfspace
+from robustbench_lite.testing.nets import Linear as Linear
+from robustbench_lite.testing.nets import convolutional as convolutional
+from robustbench_lite.testing.nets import guarded as guarded
+from robustbench_lite.testing.nets import halfspace as halfspace
+from robustbench_lite.testing.nets import many_classes as many_classes
+from robustbench_lite.testing.nets import nearest as nearest
 
 
 @dataclass(frozen=True)
@@ -138,28 +33,3 @@ class Scripted:
 
     def __call__(self, problem: Problem) -> Tensor:
         return self.call(problem)  # type: ignore[return-value]
-
-
-class Guarded(Defended):
-    """A model with a detector that rejects where ``way . x`` exceeds ``level``."""
-
-    def __init__(self, model: nn.Module, way: Tensor, level: float) -> None:
-        super().__init__(model)
-        self.way, self.level = nn.Parameter(way), level
-
-    def rejection(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        return x.flatten(1) @ self.way - self.level
-
-
-GUARDED = {"linf": 0.25, "l2": (0.2**2 + 0.25**2) ** 0.5, "l1": 0.45}
-
-
-def guarded(count: int = 12) -> tuple[Guarded, Tensor, Tensor]:
-    """Class 1 where x0 > 0.5, rejected where 2 x0 - x1 > 0.45, inputs at (0.3, 0.3, anything).
-
-    The nearest adversarial (0.5, 0.3) is rejected; the nearest that is not is (0.5, 0.55), at a distance ``GUARDED``.
-    """
-    model = Linear(torch.tensor([[-2.0, 0, 0], [2.0, 0, 0]]), torch.tensor([1.0, -1.0]))
-    x = torch.full((count, 3), 0.3)
-    x[:, 2] = torch.linspace(0.3, 0.7, count)
-    return Guarded(model, torch.tensor([2.0, -1.0, 0.0]), 0.45), x, torch.zeros(count, dtype=torch.long)

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from robustbench_lite import cli, data, probing
+from robustbench_lite import audit, cli, data, probing
 from robustbench_lite.audit import FLAGS, findings, flags
 from robustbench_lite.defended import Defended, straight_through
 from robustbench_lite.evaluation import Bench, check, frozen
@@ -33,6 +34,16 @@ def entry(attack: str, broken: range, backwards: int = 40, eps: float = 0.1, **o
 
 def flagged(*entries: Entry, probes: tuple[Probe, ...] = ()) -> dict[str, tuple[float, float]]:
     return {finding.flag: finding.figures for finding in findings(entries, probes)}
+
+
+@pytest.mark.parametrize(("alone", "both"), [(0, 0), (0, 5), (3, 3), (7, 12), (6, 12), (40, 61), (300, 900)])
+def test_exact_tests_against_scipys(alone: int, both: int):
+    one, other = np.arange(both) < alone, np.arange(both) >= alone
+    for alternative in ("two-sided", "less", "greater"):
+        theirs = binomtest(alone, both, 0.5, alternative).pvalue if both else 1.0
+        assert mcnemar(one, other, alternative) == pytest.approx(theirs)
+    if both:
+        assert audit._by_chance(alone, both, 0.1) == pytest.approx(binomtest(alone, both, 0.1, "greater").pvalue)
 
 
 def test_mcnemar_is_the_binomial_test_of_the_inputs_that_differ():

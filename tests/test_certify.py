@@ -1,7 +1,8 @@
 """The certifiers on linear bounds: exact where that is known, in their order, and never broken by an attack."""
 
 import os
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from robustbench_lite.evaluation import evaluate, frozen
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import BROKEN
-from robustbench_lite.registry import make
+from robustbench_lite.registry import builtin, make
+from robustbench_lite.smoothed import Smoothed
+from robustbench_lite.testing import Check, certifier_checks
 from robustbench_lite.threat import ThreatModel, find_norm
-from tests.nets import many_classes, nearest
 from tests.test_attacks import ATTACKS
 from tests.test_bounds import inputs, network, points, threat
 
@@ -47,24 +49,33 @@ def verified(certificate: Certificate) -> Tensor:
     return torch.tensor([status == "verified" for status in certificate.status])
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-@pytest.mark.parametrize("name", CERTIFIERS)
-def test_a_linear_model_is_certified_up_to_its_exact_distance(name, norm):
-    model, x, y = many_classes(5, count=120)  # more than are bounded at once
-    x = 0.5 + 0.1 * (x - 0.5)  # far from the pixel bounds
-    y = model(x).argmax(1)
-    distance = nearest(model, x, norm)
-    eps = float(distance.clamp(max=0.4).median())
-    said = certify(name, model, x, y, ThreatModel(find_norm(norm), eps))
-    clear = (distance / eps - 1).abs() > 1e-2
-    assert clear.sum() > 100
-    proved = distance > eps
-    assert (verified(said) == proved)[clear].all()
-    assert ((said.label == torch.where(proved, y, -1)) & (said.radius == torch.where(proved, eps, 0.0)))[clear].all()
-    wrong = certify(name, model, x, (y + 1) % 5, ThreatModel(find_norm(norm), eps))
-    assert set(wrong.status) == {"unknown"}
-    assert (wrong.margin < 0).all()
-    assert set(wrong.label.tolist()) == {-1}
+def contracts() -> Iterator[tuple[str, Check]]:
+    """Every check of every certifier; solvers are slow, and held to the truth in test_exact.py."""
+    for name, spec in CERTIFIERS.items():
+        yield from (
+            (f"{name}-{title}", check) for title, check in certifier_checks(make("certifier", spec), exact=True)
+        )
+    for name, checks in {
+        "lipschitz": certifier_checks(make("certifier", "lipschitz")),
+        "smoothing": certifier_checks(make("certifier", "smoothing:n=2000"), partial(Smoothed, sigma=0.003)),
+    }.items():
+        yield from ((f"{name}-{title}", check) for title, check in checks)
+    for name in ("lp", "milp"):
+        checks = certifier_checks(make("certifier", name))
+        yield from ((f"{name}-{title}", check) for title, check in checks if title in QUICK)
+
+
+QUICK = {"declaration", "a_model_that_says_nothing_is_never_certified-linf"}
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in contracts()])
+def test_contract(check):
+    check()
+
+
+def test_every_certifier_is_held_to_the_contract():
+    named = {make("certifier", spec).name for spec in CERTIFIERS.values()}
+    assert named | {"lipschitz", "smoothing", "lp", "milp"} == set(builtin("certifier"))
 
 
 def centred(structure: str) -> nn.Module:
@@ -99,7 +110,7 @@ def test_each_method_is_at_least_as_tight_as_the_cheaper_ones(structure, norm):
         assert (certificate.margin <= margins + 1e-9).all(), name
 
 
-def test_single_precision_and_the_other_rows_of_a_batch_change_nothing():
+def test_single_precision_changes_nothing():
     model, x = network("convolutional"), inputs(60)
     y = model(x).argmax(1)
     for name in CERTIFIERS.keys() - {"best"}:  # which may stop elsewhere in single precision
@@ -107,8 +118,6 @@ def test_single_precision_and_the_other_rows_of_a_batch_change_nothing():
         assert exact.margin.dtype == torch.float64
         rough = certify(name, model.float(), x.float(), y, threat(eps=0.03))
         torch.testing.assert_close(rough.margin.double(), exact.margin, atol=1e-3, rtol=1e-3, msg=name)
-        few = certify(name, model.double(), x[[55, 3]], y[[55, 3]], threat(eps=0.03))
-        torch.testing.assert_close(few.margin, exact.margin[[55, 3]], msg=name)
 
 
 class Squeezed(Defended):

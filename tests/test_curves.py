@@ -279,6 +279,16 @@ def test_the_command_writes_a_table_a_csv_and_a_figure_and_runs_nothing_twice(mo
     assert ElementTree.parse("curve.svg").getroot().tag.endswith("svg")
 
 
+def test_a_curve_of_attacks_that_are_blind_or_have_a_target(model: None, bench: Run):
+    line = f"curve --attack fgsm --eps 0.06 --defense smoothed:sigma=0.01,draws=3 --eot 2 {OWN}"
+    assert bench(f"{line} --adaptive both --target next --csv curve.csv")[0] == 0
+    table = pd.read_csv("curve.csv")
+    assert table.groupby("adaptive")["attack"].first().to_dict() == {
+        False: "fgsm to next",
+        True: "fgsm to next (eot 2)",
+    }
+
+
 def test_ctrl_c_keeps_what_is_finished(model: None, bench: Run):
     line = f"--plugin stops.py curve --attack stops --eps 0.02:0.08:0.02 {OWN}"
     assert bench(f"{line} --out peace --csv peace.csv")[0] == 0

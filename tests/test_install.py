@@ -119,13 +119,14 @@ def test_the_wheel_holds_one_top_level_name(wheel):
 def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     names = set(contents(wheel))
     core = ROOT / "robustbench_lite"
-    modules = {f"robustbench_lite/{path.relative_to(core)}" for path in [*core.glob("*.py"), *core.glob("bounds/*.py")]}
+    modules = {f"robustbench_lite/{path.relative_to(core)}" for path in core.rglob("*.py")}
     for folder in ("attacks", "defenses", "certify"):
         modules |= {f"robustbench_lite/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     kinds = (".py", ".toml", ".safetensors")
     modules |= {f"robustbench_lite/benchmarks/suites/{path.name}" for path in (ROOT / "benchmarks/suites").iterdir()}
     zoo = (path.name for path in (ROOT / "robustbench_lite/zoo").iterdir() if path.suffix in kinds)
-    modules |= {f"robustbench_lite/page/{path.name}" for path in (core / "page").iterdir()}
+    for folder in ("page", "templates"):
+        modules |= {f"robustbench_lite/{folder}/{path.name}" for path in (core / folder).iterdir()}
     needed = {
         "robustbench_lite/py.typed",
         "robustbench_lite/zoo/manifest.toml",
@@ -134,7 +135,11 @@ def test_the_wheel_holds_what_it_needs_and_no_more(wheel):
     }
     ours = {name for name in names if name.startswith("robustbench_lite/")}
     assert ours == modules | needed | {f"robustbench_lite/zoo/{name}" for name in zoo}
-    assert not [name for name in names if "test" in name or "publish" in name or "pyproject" in name]
+    assert not [
+        name
+        for name in names
+        if "tests/" in name or "test_" in name or "publish" in name or name.endswith("pyproject.toml")
+    ]
     with zipfile.ZipFile(wheel) as file:
         shipped = file.read("robustbench_lite/mnist/t10k-images-idx3-ubyte.gz")
     assert shipped == (ROOT / "robustbench_lite/mnist/t10k-images-idx3-ubyte.gz").read_bytes()

@@ -14,7 +14,7 @@ CORE = "robustbench_lite"
 PLUGINS = ("attacks", "defenses", "certify")
 # top to bottom: a module of the core imports only from its own line or the lines below it
 LAYERS = [
-    {"__init__", "__main__", "cli", "options", "reading", "running", "display", "listings"},
+    {"__init__", "__main__", "cli", "options", "reading", "scaffold", "running", "display", "listings"},
     {
         "matrix",
         "runner",
@@ -37,6 +37,7 @@ LAYERS = [
         "model_info",
         "report",
         "audit",
+        "testing",
     },
     {"evaluation", "probing", "certifying", "trained", "store", "outcome", "blackbox"},
     {

@@ -1,5 +1,6 @@
 """What each recipe trains on and minimises, by hand; and on digits, what it is for."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,12 +21,13 @@ from robustbench_lite.defenses.trades import divergence
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
-from robustbench_lite.registry import make
+from robustbench_lite.registry import builtin, make
+from robustbench_lite.testing import Check, defense_checks
 from robustbench_lite.trained import fill, save
-from robustbench_lite.training import Lab, Progress
+from robustbench_lite.training import Lab
 
 from .nets import many_classes
-from .test_training import Killed, assert_same, no_sources
+from .test_training import no_sources
 
 RECIPES = [
     "fast:eps=0.1",
@@ -37,6 +39,13 @@ RECIPES = [
     "crown-ibp:eps=0.1",
     "wong-kolter:eps=0.1,warm_start=false,projections=5",
 ]
+
+
+WRAPPERS = ["smoothed", "feature-squeezing", "feature-squeezing:detect=true"]
+
+
+def static(spec: str) -> Defended:
+    return Defended(build("mlp", (1, 8, 8), 10, seed=5).requires_grad_(False)).eval()
 
 
 def lab_of(data: Images) -> Lab:
@@ -57,24 +66,25 @@ def robust(spec: str) -> float:
     return float((outcome.status == "held").mean())
 
 
-@pytest.mark.parametrize("spec", RECIPES)
-def test_the_same_seed_gives_the_same_weights_and_so_does_a_resumed_training(spec: str, tmp_path: Path):
-    data = load("digits", "train").take(slice(256))
-    recipe = replace(make("defense", spec), epochs=2, patience=1)
-    if hasattr(recipe, "warmup"):
-        recipe = replace(recipe, warmup=1)
-    lab = lab_of(data)
-    once = recipe(build("mlp", data.shape, 10), lab)
+def contracts() -> Iterator[tuple[str, Check]]:
+    """Every check of every recipe and wrapper."""
+    for spec in CONTRACT:
+        defense = make("defense", spec)
+        if defense.trains:
+            defense = replace(defense, epochs=2, patience=1, **({"warmup": 1} if hasattr(defense, "warmup") else {}))
+        yield from ((f"{spec}-{title}", check) for title, check in defense_checks(defense, static))
 
-    def report(progress: Progress) -> None:
-        if progress.epoch == 1:
-            raise Killed
 
-    started = replace(lab, checkpoint=tmp_path / "checkpoint")
-    with pytest.raises(Killed):
-        recipe(build("mlp", data.shape, 10), replace(started, report=report))
-    assert_same(recipe(build("mlp", data.shape, 10, seed=1), started), once)
-    assert not once.training
+CONTRACT = [*RECIPES, "standard", "madry:eps=0.1,steps=2", "ensemble:eps=0.1", *WRAPPERS]
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in contracts()])
+def test_contract(check: Check):
+    check()
+
+
+def test_every_defense_is_held_to_the_contract():
+    assert {spec.partition(":")[0] for spec in CONTRACT} == set(builtin("defense"))
 
 
 @pytest.mark.parametrize("name", ["fast", "fgsm-training", "trades"])

@@ -52,12 +52,13 @@ def chunk(store: Store) -> Path:
 def rewrite(chunk: Path, **arrays: Any) -> None:
     with np.load(chunk) as file:
         content = {name: file[name] for name in file.files}
-    columns = {name: content["rows"][name] for name in Outcome.columns()}
+    table, called = content.pop(module._ROWS), arrays.pop("rows", module._ROWS)
+    columns = {name: table[name] for name in (*Outcome.columns(), "imaged")}
     columns |= {name: arrays.pop(name) for name in columns if name in arrays}
     kept = {name: column for name, column in columns.items() if column is not None}
-    content["rows"] = np.empty(20, [(name, column.dtype) for name, column in kept.items()])
+    content[called] = np.empty(20, [(name, column.dtype) for name, column in kept.items()])
     for name, column in kept.items():
-        content["rows"][name] = column
+        content[called][name] = column
     content |= arrays
     np.savez(chunk, **{name: array for name, array in content.items() if array is not None})
 
@@ -277,14 +278,14 @@ def test_a_damaged_chunk_is_refused_or_nothing_that_matters_was_hit(store: Store
 @pytest.mark.parametrize(
     ("arrays", "reason"),
     [
-        ({"schema": np.array(module.SCHEMA + 1)}, f"schema {module.SCHEMA + 1}, not {module.SCHEMA}"),
-        ({"schema": None}, "KeyError"),
+        ({"rows": f"rows of schema {module.SCHEMA + 1}"}, f"no rows of schema {module.SCHEMA}"),
+        ({"imaged": np.zeros(20, bool)}, "4 images for 0 inputs"),
         ({"status": None}, "no field of name status"),
         ({"images": None}, "KeyError"),
         ({"row": OUTCOME.row + 1}, "other rows than its name says"),
         ({"row": OUTCOME.row[::-1]}, "other rows than its name says"),
     ],
-    ids=["schema", "no schema", "no status", "no images", "shifted", "reversed"],
+    ids=["schema", "imaged", "no status", "no images", "shifted", "reversed"],
 )
 def test_a_chunk_of_another_make_is_refused(
     store: Store, chunk: Path, notes: list[str], arrays: dict[str, Any], reason: str
@@ -306,7 +307,7 @@ def test_pickled_objects_are_refused_and_not_run(store: Store, chunk: Path, note
     assert Bomb.fuse.exists()  # it would
     Bomb.fuse.unlink()
     rewrite(chunk, reason=np.array([Bomb()] * 20, object))
-    assert "allow_pickle" in refused(store, chunk, notes)
+    assert "hold objects" in refused(store, chunk, notes)
     assert not Bomb.fuse.exists()
 
 
@@ -391,5 +392,5 @@ def test_names_never_become_paths(tmp_path: Path, notes: list[str]):
 
 def test_every_field_of_an_outcome_is_stored(chunk: Path):
     with np.load(chunk, allow_pickle=False) as file:
-        assert set(file.files) == {"schema", "rows", "imaged", "images"}
-        assert set(file["rows"].dtype.names) | {"imaged", "images"} == {field.name for field in fields(Outcome)}
+        assert set(file.files) == {module._ROWS, "images"}
+        assert {*file[module._ROWS].dtype.names, "images"} == {field.name for field in fields(Outcome)}

@@ -405,7 +405,7 @@ def test_an_unknown_input_of_any_block_is_exit_code_1(bench):
 def test_the_list_of_suites(bench):
     code, out, _ = bench("suites")
     assert code == 0
-    assert "linf, linf-blind, l2, l2-queries, l0, patch" in out
+    assert "linf, linf-blind, l2, l2-smoothed, l2-queries, l0, patch" in " ".join(out.split())
     assert "in seconds" in out
 
 
@@ -466,7 +466,7 @@ def test_queries_are_counted_and_multiplied(place):
 
 
 def test_an_estimate_is_from_what_is_stored_else_from_a_few_inputs(place, monkeypatch):
-    monkeypatch.setattr(forecast.Pace, "of", lambda model, x: forecast.Pace(1.0, 0.0))
+    monkeypatch.setattr(forecast.Pace, "of", lambda *_: forecast.Pace(1.0, 0.0))
     suite = suites.load(written(SUITE))
     asked = suite.asked(suite.block[0]) | {"model": "model.py:load", "defenses": None, "certifiers": ()}
     asked |= {"attacks": "pgd:steps=5", "threats": ["linf:0.05"]}

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite import classifiers, data, models, registry, trained, training, zoo
+from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.noise import Noise
-from robustbench_lite.outcome import HELD, WRONG
+from robustbench_lite.outcome import HELD, VERIFIED, WRONG
 from robustbench_lite.registry import defense, make
 from robustbench_lite.trained import Inputs, Workshop, fill, save, weights_hash
 from robustbench_lite.training import Lab, Progress
@@ -551,7 +552,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, net: nn.Module) -> 
         command="none",
         version="0",
     )
-    lines = "\n".join(f"{name} = {value!r}" for name, value in vars(entry).items())
+    lines = "\n".join(f"{name} = {value!r}" for name, value in vars(entry).items() if value is not None)
     (folder / "manifest.toml").write_text(f"[[weights]]\n{lines}\n")
     monkeypatch.setattr(zoo, "FOLDER", folder)
     zoo.manifest.cache_clear()
@@ -610,6 +611,16 @@ def test_a_shipped_model_is_as_good_as_the_manifest_says(defense: str):
 def test_a_shipped_model_is_just_as_robust_as_the_manifest_says(defense: str):
     (entry,) = (entry for entry in zoo.manifest() if entry.defense == defense)
     measured(entry, 500, entry.attack, at_most=entry.robust_accuracy)
+
+
+CERTIFIED = [entry for entry in zoo.manifest() if entry.certified_accuracy is not None]
+
+
+@pytest.mark.parametrize("entry", CERTIFIED, ids=[entry.defense for entry in CERTIFIED])
+def test_as_much_of_a_shipped_model_is_proved_as_the_manifest_says(entry: zoo.Shipped):
+    few = data.load(entry.dataset).take(slice(500))
+    found = certify_inputs(entry.certifier, fresh(entry).eval(), few.x, few.y, entry.threat)
+    assert float((found.status == VERIFIED).mean()) == pytest.approx(entry.certified_accuracy, abs=0.045)  # 3 sigma
 
 
 def measured(entry: zoo.Shipped, count: int, attack: str, at_most: float) -> None:

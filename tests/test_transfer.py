@@ -311,3 +311,17 @@ def test_all_does_without_a_source_that_is_not_to_be_had(tmp_path: Path, monkeyp
     assert results.leaderboard()["attacks"].tolist() == ["fgsm"]
     assert any("attack transfer is left out" in note and "no array x_train" in note for note in watcher.notes)
     one_line(lambda: benchmark(["all", "transfer"], out=tmp_path / "runs", **usual), "no array x_train")
+
+
+def test_a_defense_may_name_its_architecture(place: Path):
+    """Two architectures in one table; the name of the one that is meant anyway adds nothing."""
+    quick = "standard:epochs=1"
+    defenses = [f"{quick}@mlp", quick, f"{quick}@cnn", f"{quick}+smoothed:draws=1@mlp"]
+    results = benchmark("fgsm", defenses, "digits", n=10, probe=False)
+    rows = results.leaderboard()[["defense", "model"]].value_counts().to_dict()
+    assert rows == {(quick, "mlp"): 1, (quick, "cnn"): 1, (f"{quick}+smoothed:draws=1", "mlp"): 1}
+    for wrong, why in (("standard@mpl", "no model 'mpl'; did you mean mlp"), ("standard@", "an empty item")):
+        with pytest.raises(ValueError, match=why):
+            benchmark("fgsm", wrong, "digits", n=10)
+    with pytest.raises(ValueError, match="names an architecture, but the model is given"):
+        benchmark("fgsm", "smoothed@mlp", "digits", n=10, model=nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))

@@ -28,6 +28,8 @@ class Shipped:
     attack: str
     command: str
     version: str
+    certified_accuracy: float | None = None  # of recipes that train for it, by ``certifier``
+    certifier: str = ""
 
 
 @cache
