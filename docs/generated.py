@@ -54,9 +54,9 @@ def columns(name: str) -> str:
 
 
 def arrays(chunk: type[outcome.Rows]) -> str:
-    """The fields of a stored chunk with their types."""
+    """The columns of a stored chunk with their types."""
     hints = get_type_hints(chunk)
-    types = {name: get_args(get_args(hints[name])[1])[0].__name__ for name in chunk.arrays()}
+    types = {name: get_args(get_args(hints[name])[1])[0].__name__ for name in chunk.columns()}
     return ", ".join(f"`{name}` ({'text' if kind == 'str_' else kind})" for name, kind in types.items())
 
 
@@ -194,7 +194,9 @@ def defense(name: str, cls: Any) -> str:
 
 
 def certifier(name: str, cls: Any) -> str:
-    radius = "the largest that it can prove" if getattr(cls, "exact_radius", False) else "eps; by bisection with `--radius`"
+    radius = (
+        "the largest that it can prove" if getattr(cls, "exact_radius", False) else "eps; by bisection with `--radius`"
+    )
     return table(["", ""], [["norms", norms(cls)], ["radius", radius]])
 
 
