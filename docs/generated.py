@@ -1,4 +1,4 @@
-"""What the pages take from the code: an insert is a line ``{{ name }}``, and a name that is not here fails the build."""
+"""What the pages take from the code, for each line ``{{ name }}``; a name that is not here fails the build."""
 
 import re
 import tomllib
@@ -91,7 +91,7 @@ def limits() -> str:
 
 
 def times(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def plugins(kind: registry.Kind, about: Callable[[str, Any], str]) -> str:

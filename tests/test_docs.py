@@ -1,4 +1,4 @@
-"""The README and the pages of the site: what they say to type is typed, in order, and the site builds without a warning."""
+"""The README and the manual: what they say to type is typed, in order, and the site builds without a warning."""
 
 import json
 import re
