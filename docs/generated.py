@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -132,22 +133,29 @@ def grey(count: int) -> tuple[Tensor, Tensor]:
     return torch.full((count, 1, SIDE, SIDE), 0.5), torch.zeros(count, dtype=torch.int64)
 
 
-def queries(name: str, cls: Any) -> str:
-    """What an input costs that an attack does not break, with the default settings; measured."""
-    model, (x, y) = Stubborn(), grey(2)
-    norm = next(norm for norm in NORMS if norm in cls.norms)
-    attack, threat = registry.make("attack", name), f"{norm}:{EPS[norm]}"
-    before = ""
+@cache
+def cost(attack: Any) -> tuple[int, int]:
+    """The forwards and backwards of an input that an attack does not break: measured, for a cascade stage by stage."""
+    if stages := getattr(attack, "attacks", ()):
+        forwards, backwards = zip(*map(cost, stages))
+        return sum(forwards), sum(backwards)
+    model, (x, y) = Stubborn(), grey(1)
+    norm = next(norm for norm in NORMS if norm in attack.norms)
+    threat = f"{norm}:{EPS[norm]}"
     if learns(attack):
         attack = rb.fit_attack(attack, model, *grey(attack.images), threat)
-        before = f", after it has learned from {attack.images:,} images"
     found = rb.evaluate(attack, model, x, y, threat, sources=lambda spec: Defended(model))
-    return f"{times(found.forwards.max(), 'forward')} and {times(found.backwards.max(), 'backward')}{before}"
+    return int(found.forwards[0]), int(found.backwards[0])
 
 
 def attack(name: str, cls: Any) -> str:
+    made = registry.make("attack", name)
+    forwards, backwards = cost(made)
+    costs = f"{times(forwards, 'forward')} and {times(backwards, 'backward')}"
+    if learns(made):
+        costs += f", after it has learned from {made.images:,} images"
     seeks = "the nearest adversarial input, whatever eps" if getattr(cls, "minimises", False) else "one within eps"
-    facts = [["sees", cls.access], ["norms", norms(cls)], ["seeks", seeks], ["costs", queries(name, cls)]]
+    facts = [["sees", cls.access], ["norms", norms(cls)], ["seeks", seeks], ["costs", costs]]
     return table(["", ""], facts)
 
 
