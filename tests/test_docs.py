@@ -169,6 +169,15 @@ def test_the_custom_attack_of_the_readme_is_short():
     assert len([line for line in body.splitlines() if line.strip()]) <= 15
 
 
+def test_the_custom_defense_of_the_readme_is_voted_on_and_not_flagged(place, bench):
+    (block,) = (block for block in blocks("README.md") if block.file == "jitter.py")
+    Path("jitter.py").write_text(block.body)
+    ran = bench("--plugin jitter.py --attack fgsm --defense standard+jitter --n 20 --csv board.csv")
+    assert ran.code == 0, ran.err
+    (row,) = pd.read_csv("board.csv", keep_default_na=False).to_dict("records")
+    assert (row["draws"], row["backwards"], row["flags"]) == (16, 16, "")
+
+
 class Loads(HTMLParser):
     """What a page makes a browser fetch."""
 
