@@ -223,8 +223,8 @@ def show_comparison(console: Console, comparison: pd.DataFrame) -> None:
     console.print(f"{len(lines)} of {len(comparison)} accuracies differ", soft_wrap=True)
 
 
-def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> None:
-    """A line a cell, block by block, and how long all may take."""
+def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]], memory: int | None) -> None:
+    """A line a cell, block by block, how long all may take, and what a process takes of memory (bytes)."""
     heads = ["defense", "attack or certifier", "threat", "missing", "about"]
     for name, cells in blocks.items():
         lines = [
@@ -236,6 +236,8 @@ def show_forecast(console: Console, blocks: Mapping[str, Sequence[Ahead]]) -> No
     known = [one.seconds for one in missing if one.seconds is not None]
     left = f", and {len(missing) - len(known)} of which nothing can be said" if len(known) < len(missing) else ""
     console.print(f"{len(missing)} of {len(cells)} cells are to be run: about {_duration(sum(known))}{left}")
+    if memory is not None:
+        console.print(f"Memory: {memory / 2**20:.0f} MB to find this out, and about as much for each worker.")
     if missing:
         console.print(
             "This is rough: the queries of what is stored, or else of inputs that hold, times what a query of each "

@@ -1,5 +1,6 @@
 """What a run still has to do, and roughly how long it takes, before anything is run."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -87,6 +88,19 @@ def forecast(
                 pace = Pace.of(subject.model, images.x, precision)
                 yield from (scout.attack(subject, pace, assault) for assault in assaults)
                 yield from (scout.certify(subject, *pair) for pair in wanted.proving)
+
+
+def memory(device: torch.device) -> int | None:
+    """The most bytes that this process has held on a device so far, so after a look at every model what one that works
+    takes; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes if sys.platform == "darwin" else kilobytes * 1024
 
 
 @dataclass(frozen=True)

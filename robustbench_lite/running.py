@@ -75,7 +75,8 @@ def foretell(
 ) -> None:
     """What is missing of each block, and how long it may take."""
     from robustbench_lite.display import Display, show_forecast
-    from robustbench_lite.forecast import forecast
+    from robustbench_lite.forecast import forecast, memory
+    from robustbench_lite.matrix import find_device
     from robustbench_lite.trained import Inputs
 
     with Display(errors, quiet, verbose=False) as display:
@@ -83,7 +84,8 @@ def foretell(
             name: list(forecast(inputs=Inputs(*inputs), watcher=display, **asked, **settings))
             for name, asked in blocks.items()
         }
-    show_forecast(stdout(), ahead)
+    device = find_device(next(iter(blocks.values())).get("device", "auto"))
+    show_forecast(stdout(), ahead, memory(device))
 
 
 def verdict(found: Collection[Results], errors: Console) -> int:

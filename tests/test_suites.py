@@ -421,6 +421,8 @@ def test_a_dry_run_counts_what_is_missing_and_writes_nothing(bench):
     assert out.count("40 of 40") == 1
     assert "7 of 7 cells are to be run: about " in out
     assert "This is rough" in out
+    (megabytes,) = re.findall(r"Memory: (\d+) MB", out)
+    assert 100 < int(megabytes) < 20_000
 
     assert bench("--attack fgsm --threat linf:0.1 --n 100 --seed 3 --dataset digits --model model.py:load")[0] == 0
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
