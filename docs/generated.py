@@ -42,16 +42,23 @@ def table(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
+def said(name: str, needed: Iterable[str], common: bool = True) -> dict[str, str]:
+    """What ``said.toml`` says of each of these, in their order."""
+    texts = tomllib.loads((HERE / "said.toml").read_text())
+    about = {**texts["common"], **texts[name]} if common else texts[name]
+    missing = [one for one in needed if one not in about]
+    idle = [one for one in texts[name] if one not in needed]
+    idle += [one for one in texts["common"] if not any(one in columns for columns in TABLES.values())]
+    if missing or idle:
+        raise ValueError(f"said.toml: {name} lacks {missing}, and has lines for nothing: {idle}")
+    return {one: about[one] for one in needed}
+
+
 def columns(name: str) -> str:
     """A line a column, in order."""
-    said = tomllib.loads((HERE / "columns.toml").read_text())
-    missing = [column for column in TABLES[name] if column not in {**said["common"], **said[name]}]
-    idle = [column for column in said[name] if column not in TABLES[name]]
-    idle += [column for column in said["common"] if not any(column in there for there in TABLES.values())]
-    if missing or idle:
-        raise ValueError(f"columns.toml: {name} lacks {missing}, and has lines for no column: {idle}")
-    about = {**said["common"], **said[name]}
-    return table(["column", "what it says"], ([f"`{column}`", about[column]] for column in TABLES[name]))
+    return table(
+        ["column", "what it says"], ([f"`{column}`", text] for column, text in said(name, TABLES[name]).items())
+    )
 
 
 def arrays(chunk: type[outcome.Rows]) -> str:
@@ -62,8 +69,9 @@ def arrays(chunk: type[outcome.Rows]) -> str:
 
 
 def flags() -> str:
-    lines = ([f"`{name}`", flag.means, flag.advice] for name, flag in audit.FLAGS.items())
-    return table(["flag", "what it means", "what to do"], lines)
+    when = said("flags", audit.FLAGS, common=False)
+    lines = ([f"`{name}`", when[name], flag.means, flag.advice] for name, flag in audit.FLAGS.items())
+    return table(["flag", "fails when", "what it means", "what to do"], lines)
 
 
 def datasets() -> str:
@@ -107,6 +115,10 @@ def plugins(kind: registry.Kind, about: Callable[[str, Any], str]) -> str:
         if paper := getattr(cls, "bibtex", ""):
             parts.append(f"```bibtex\n{paper}\n```")
     return "\n\n".join(parts)
+
+
+def facts(pairs: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"* **{name}**: {value}" for name, value in pairs)
 
 
 def norms(cls: Any) -> str:
@@ -155,8 +167,8 @@ def attack(name: str, cls: Any) -> str:
     if learns(made):
         costs += f", after it has learned from {made.images:,} images"
     seeks = "the nearest adversarial input, whatever eps" if getattr(cls, "minimises", False) else "one within eps"
-    facts = [["sees", cls.access], ["norms", norms(cls)], ["seeks", seeks], ["costs", costs]]
-    return table(["", ""], facts)
+    about = [["sees", cls.access], ["norms", norms(cls)], ["seeks", seeks], ["costs", costs]]
+    return facts(about)
 
 
 class Counter:
@@ -190,22 +202,22 @@ def defense(name: str, cls: Any) -> str:
         loss, _ = plugin.objective(model, lab)(images.x, images.y, lab.noise, float(plugin.epochs))
         loss.backward()
         each = f"{times(counter.forwards, 'forward')} and {times(counter.backwards, 'backward')} an epoch"
-        facts = [["kind", "a recipe"], ["a training image costs", each]]
+        about = [["kind", "a recipe"], ["a training image costs", each]]
     else:
         guarded = plugin(model, lab)
         counter = Counter(model, len(images))
         guarded.answer(images.x, noise=lab.noise)
-        facts = [["kind", "a wrapper"], ["an answer costs", times(counter.forwards, "forward")]]
+        about = [["kind", "a wrapper"], ["an answer costs", times(counter.forwards, "forward")]]
         if guarded.stochastic:
-            facts += [["answers at random", f"{guarded.draws} draws vote on what is judged"]]
-    return table(["", ""], facts)
+            about += [["answers at random", f"{guarded.draws} draws vote on what is judged"]]
+    return facts(about)
 
 
 def certifier(name: str, cls: Any) -> str:
     radius = (
         "the largest that it can prove" if getattr(cls, "exact_radius", False) else "eps; by bisection with `--radius`"
     )
-    return table(["", ""], [["norms", norms(cls)], ["radius", radius]])
+    return facts([["norms", norms(cls)], ["radius", radius]])
 
 
 def foolbox() -> str:

@@ -221,13 +221,16 @@ def test_the_site_has_every_plugin_flag_and_column(site):
     assert all(f"<code>{flag}</code>" in soundness for flag in audit.FLAGS)
 
 
-def test_a_column_without_a_description_fails_the_build(monkeypatch):
+def test_a_column_or_flag_without_a_description_fails_the_build(monkeypatch):
     generated = runpy.run_path(str(ROOT / "docs/generated.py"))
     generated["TABLES"]["leaderboard"] = (*leaderboard.LEADERBOARD, "newcomer")
     with pytest.raises(ValueError, match=r"lacks \['newcomer'\]"):
         generated["on_page_markdown"]("{{ columns of leaderboard }}")
+    monkeypatch.setitem(audit.FLAGS, "latecomer", audit.FLAGS["noise"])
+    with pytest.raises(ValueError, match=r"lacks \['latecomer'\]"):
+        generated["on_page_markdown"]("{{ flags }}")
     generated["TABLES"]["leaderboard"] = leaderboard.LEADERBOARD[1:]
-    with pytest.raises(ValueError, match=r"no column: \['rank'\]"):
+    with pytest.raises(ValueError, match=r"nothing: \['rank'\]"):
         generated["on_page_markdown"]("{{ columns of leaderboard }}")
     with pytest.raises(KeyError):
         generated["on_page_markdown"]("{{ nothing }}")
