@@ -218,7 +218,7 @@ def asking():
     ("chain", "complaint"),
     [
         ("asking", "it needs itself: asking@mlp > asking@mlp"),
-        ("asking:sources=asking@cnn", "it needs itself: asking:sources=(asking@cnn)@mlp > asking@cnn > asking@cnn"),
+        ("asking:sources=(asking@cnn)", "it needs itself: asking:sources=(asking@cnn)@mlp > asking@cnn > asking@cnn"),
         ("asking:sources=(standard,asking)", "it needs itself: asking:sources=(standard,asking)@mlp > asking@mlp"),
         ("asking:sources=standrad", "source standrad of asking:sources=(standrad)@mlp: no defense 'standrad'; did you"),
         ("asking:sources=(standard,standard@mpl)", "no model 'mpl'; did you mean mlp?"),
