@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 DEV := .venv-dev
 
-.PHONY: bench test lint soak reference speed strength clean
+.PHONY: bench test lint docs soak reference speed strength clean
 
 bench: $(VENV)/ready
 	$(VENV)/bin/robust-bench --attack pgd --defense madry
@@ -15,6 +15,9 @@ lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+
+docs: $(DEV)/ready
+	$(DEV)/bin/python -m mkdocs build --strict
 
 soak: $(DEV)/ready
 	$(DEV)/bin/python -m pytest -m soak

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,24 +28,33 @@ class Ran(NamedTuple):
         return self.err.splitlines()
 
 
+@contextmanager
+def forgetting() -> Iterator[None]:
+    """No plugin of a file, and no module of the working folder, stays."""
+    for kind in registry.KINDS:
+        registry.plugins(kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
+        for name in ("_families", "_files", "_dists"):
+            patch.setattr(registry, name, dict(getattr(registry, name)))
+        yield
+    for name, module in list(sys.modules.items()):
+        here = str(getattr(module, "__file__", None) or "").startswith(f"{Path.cwd()}{os.sep}")
+        if here or name.startswith(("_robust_bench_model_", "_robustbench_lite_file_")):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder to work in; nothing outside it is written, and no plugin of a file stays."""
-    for kind in registry.KINDS:
-        registry.plugins(kind)
-    monkeypatch.setattr(registry, "_tables", {kind: dict(table) for kind, table in registry._tables.items()})
-    for name in ("_families", "_files", "_dists"):
-        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setenv("ROBUST_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ROBUST_BENCH_DATA", raising=False)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    for name in list(sys.modules):
-        if name.startswith(("_robust_bench_model_", "_robustbench_lite_file_")):
-            del sys.modules[name]
+    with forgetting():
+        yield tmp_path
 
 
 @pytest.fixture

@@ -124,12 +124,6 @@ def test_a_file_is_read_as_it_stands(place):
     }
 
 
-def test_the_example_of_the_readme_is_a_suite(place):
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    Path("mine.toml").write_text(block)
-    assert [block.name for block in suites.load("mine.toml").block] == ["linf", "queries"]
-
-
 @pytest.mark.parametrize("name", ["mnist", "smoke"])
 def test_the_built_in_suites_can_be_run(name):
     suite = suites.load(name)
