@@ -19,10 +19,10 @@ from ._certified import CertifiedRecipe
 class WongKolter(CertifiedRecipe):
     """The worst cross-entropy that the dual network allows (Wong & Kolter, 2018, section 3).
 
-    ``warm_start`` begins with the weights that ``ibp`` gives at the same eps, for which few ``epochs`` and no ``warmup``
-    are enough. Few neurons are then left open, and exact bounds on the layers cost less than to estimate them by random
-    ``projections`` (Wong et al., 2018, section 3.2; for linf), which pay where training starts from nothing: give it
-    epochs then. While it trains, robust accuracy is what the exact dual network proves.
+    ``warm_start`` begins with the weights that ``ibp`` gives at the same eps: few ``epochs`` and no ``warmup`` are
+    enough then, few neurons are left open, and exact bounds on the layers cost less than to estimate them by random
+    ``projections`` (Wong et al., 2018, section 3.2; for linf), which pay where training starts from nothing. While it
+    trains, robust accuracy is what the exact dual network proves.
     """
 
     epochs: int = 2
