@@ -95,7 +95,7 @@ class Suite:
 def builtin() -> dict[str, Traversable]:
     """The files of the suites that come with the package, by name."""
     folder = files("robustbench_lite.benchmarks.suites")
-    return {file.name.removesuffix(".toml"): file for file in sorted(folder.iterdir(), key=lambda file: file.name)}
+    return dict(sorted((file.name.removesuffix(".toml"), file) for file in folder.iterdir()))
 
 
 def load(asked: str) -> Suite:

@@ -44,7 +44,7 @@ SHORTER = {
     r"pgd,fab ": "pgd:steps=2,fab:steps=2 ",
     r"attack pgd(?=[, ])": "attack pgd:steps=2",
     r"0:0.4:0.02": "0,0.1",
-    r"robust-bench run mnist ": "robust-bench run smoke ",
+    r"robust-bench run mnist(-linf)? ": "robust-bench run smoke ",
 }
 COUNTS = ("robust-bench -", "robust-bench curve", "robust-bench certify", "robust-bench run")
 

@@ -1,5 +1,6 @@
 """Suites: what a file may say, what its mistakes are told, and that a run is what the main command would do."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,26 @@ def test_a_file_is_read_as_it_stands(place):
     }
 
 
-@pytest.mark.parametrize("name", ["mnist", "smoke"])
+PUBLISHED = {  # protocols, and the SHA-256 of what they ask for; `mnist 1` follows with its table
+    "cifar10-linf 1": "ce62419707225a3e4d9b9073ec003fba307628da4fa961237cab55e27aca38aa",
+    "mnist-linf 1": "73cc3f87afcc5b18ec11076efc5a4dad038264b774f3f9812f5284120d7efd49",
+    "smoke 1": "807af9ccb4ba3fea547a8c1201fa8d6f647c6d2968c14cde36e2a1d492742413",
+}
+
+
+def test_what_a_published_protocol_asks_for_does_not_change_under_its_version():
+    """Raise the version, and leave the old line here: rows of two protocols must not be taken for one."""
+    for suite in map(suites.load, suites.builtin()):
+        said = hashlib.sha256(json.dumps(asdict(suite), sort_keys=True).encode()).hexdigest()
+        assert PUBLISHED.get(str(suite), said) == said, f"{suite} has changed: raise its version"
+
+
+def test_every_built_in_suite_is_read_and_named_as_its_file():
+    assert [*suites.builtin()] == ["cifar10-linf", "mnist", "mnist-linf", "smoke"]
+    assert [suites.load(name).name for name in suites.builtin()] == [*suites.builtin()]
+
+
+@pytest.mark.parametrize("name", ["mnist", "mnist-linf", "smoke"])
 def test_the_built_in_suites_can_be_run(name):
     suite = suites.load(name)
     assert suite.name == name
@@ -206,7 +227,10 @@ def test_a_mistake_is_one_line_with_file_and_field(bench, path, value, said):
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ("mnits", "no suite 'mnits'; did you mean mnist? There are: mnist, smoke, and FILE.toml"),
+        (
+            "mnits",
+            "no suite 'mnits'; did you mean mnist? There are: cifar10-linf, mnist, mnist-linf, smoke, and FILE.toml",
+        ),
         ("gone.toml", "cannot read gone.toml: No such file or directory"),
         ("lacks.toml", "lacks.toml: it lacks version, description, dataset, defense"),
         ("half.toml", "half.toml: "),
