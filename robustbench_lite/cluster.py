@@ -147,12 +147,18 @@ class _Bench:
         self._compute: Any = None
 
     def prepare(self, task: bytes) -> _Said:
-        try:
+        def set_up() -> None:
             self._work = self._work or pickle.loads(self._parcel)(self._number)
             self._compute = self._work(pickle.loads(task))
-        except ValueError as error:
-            return _Said(wrong=one_line(error, named=False))
-        return _Said()
+
+        return _say(set_up)
 
     def compute(self) -> _Said:
-        return _Said(self._compute())
+        return _say(self._compute)
+
+
+def _say(call: Callable[[], Any]) -> _Said:
+    try:
+        return _Said(call())
+    except ValueError as error:
+        return _Said(wrong=one_line(error, named=False))

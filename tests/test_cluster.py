@@ -40,6 +40,8 @@ def begin(worker: int) -> Any:
             raise ValueError(f"{job.number} is no number for worker {worker}")
 
         def compute() -> int:
+            if job.what == "refuse late":
+                raise ValueError(f"{job.number} comes out\nwrong")
             if job.what == "sleep":
                 time.sleep(600)
             if job.what == "die once" and not Path(job.where).exists():
@@ -70,6 +72,8 @@ def test_every_task_is_answered_or_lost(tmp_path: Path):
         assert [answer for _, answer in cluster.run([jobs[1]])] == [16]
         with pytest.raises(ValueError, match="8 is no number for worker"):
             [*cluster.run([Job(8, "refuse")])]
+        with pytest.raises(ValueError, match=r"^9 comes out wrong$"):
+            [*cluster.run([Job(9, "refuse late", group=2)])]
 
 
 def test_two_actors_change_no_byte_and_one_that_is_killed_is_replaced(

@@ -5,13 +5,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch import Tensor
 
 from robustbench_lite import cli
 from robustbench_lite.defended import Defended, ask
-from robustbench_lite.evaluation import evaluate
+from robustbench_lite.evaluation import Bench, check, evaluate, frozen
 from robustbench_lite.matrix import benchmark
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
+from robustbench_lite.probing import probe
 from robustbench_lite.problem import Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from tests.nets import convolutional, halfspace
@@ -66,6 +68,28 @@ def test_a_run_in_bf16_is_another_attack_of_the_same_row(tmp_path: Path):
     assert [entry.attack for entry in coarse.entries] == ["pgd:steps=3 (bf16)"]
     with pytest.raises(ValueError, match="precision is float32 or bf16, not 'half'"):
         benchmark("pgd", out=tmp_path, precision="half", **SETTINGS)
+
+
+class Autocasting(Defended):
+    """Remembers whether it was asked in a lower precision."""
+
+    seen = False
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        self.seen |= torch.is_autocast_enabled("cpu")
+        return super().forward(x, noise)
+
+
+def test_a_probe_is_the_same_whatever_the_attacks_compute_in():
+    """It is stored under one key for both."""
+    net, x, y = convolutional(20)
+    threat, model = ThreatModel.parse("linf:0.1"), Autocasting(net)
+    bench = Bench(model, threat, check(model, x, y, threat, "bf16"), precision="bf16")
+    assert model.seen
+    model.seen = False
+    with frozen(model):
+        probe(bench, x, y, torch.arange(20))
+    assert not model.seen
 
 
 def test_on_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
