@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from robustbench_lite import cli, registry
-from robustbench_lite.cluster import LOCAL, Cluster
+from robustbench_lite.cluster import LOCAL, Cluster, _Bench
 from robustbench_lite.models import build
-from robustbench_lite.pool import Lost
+from robustbench_lite.pool import Lost, packed
 from robustbench_lite.trained import save
 from tests.outcomes import Notes
 from tests.test_workers import PLUGINS, bench, tables, until
@@ -72,8 +72,13 @@ def test_every_task_is_answered_or_lost(tmp_path: Path):
         assert [answer for _, answer in cluster.run([jobs[1]])] == [16]
         with pytest.raises(ValueError, match="8 is no number for worker"):
             [*cluster.run([Job(8, "refuse")])]
-        with pytest.raises(ValueError, match=r"^9 comes out wrong$"):
-            [*cluster.run([Job(9, "refuse late", group=2)])]
+
+
+def test_what_is_wrong_in_an_actor_is_told_in_one_line():
+    bench = _Bench(packed(begin), 0)
+    assert bench.prepare(packed(Job(8, "refuse"))).wrong == "8 is no number for worker 0"
+    assert bench.prepare(packed(Job(9, "refuse late"))).wrong == ""
+    assert bench.compute().wrong == "9 comes out wrong"
 
 
 def test_two_actors_change_no_byte_and_one_that_is_killed_is_replaced(
