@@ -18,7 +18,7 @@ from robustbench_lite.evaluation import Bench, Target, frozen
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import BROKEN, COLUMNS, HELD, REJECTED, SKIPPED, UNKNOWN, WRONG, Outcome
 from robustbench_lite.plugins import Attack, learns
-from robustbench_lite.testing.common import Check, declaration, keyed, require
+from robustbench_lite.testing.common import Check, declaration, hold, keyed, require
 from robustbench_lite.testing.nets import (
     GUARDED,
     Brittle,
@@ -56,11 +56,7 @@ def check_attack(attack: Attack, bar: Bar = Bar()) -> None:
     Raises:
         AssertionError: says which contract is broken, and what was seen.
     """
-    for name, check in attack_checks(attack, bar):
-        try:
-            check()
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    hold(attack_checks(attack, bar))
 
 
 def attack_checks(

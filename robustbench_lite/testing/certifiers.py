@@ -15,7 +15,7 @@ from robustbench_lite.evaluation import frozen
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import ERROR, Certified
 from robustbench_lite.plugins import Certifier
-from robustbench_lite.testing.common import Check, declaration, keyed, require
+from robustbench_lite.testing.common import Check, declaration, hold, keyed, require
 from robustbench_lite.testing.nets import DUAL, Flattened, convolutional, many_classes, nearest
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.wording import one_line
@@ -34,11 +34,7 @@ def check_certifier(certifier: Certifier, guard: Guard = Defended, exact: bool =
     Raises:
         AssertionError: says which contract is broken, and what was seen.
     """
-    for name, check in certifier_checks(certifier, guard, exact):
-        try:
-            check()
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    hold(certifier_checks(certifier, guard, exact))
 
 
 def certifier_checks(certifier: Certifier, guard: Guard = Defended, exact: bool = False) -> Iterator[tuple[str, Check]]:

@@ -1,7 +1,7 @@
 """What the contracts of attacks, defenses and certifiers share."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -20,6 +20,15 @@ def require(holds: object, said: str) -> None:
     """An ``assert`` that no option of Python's switches off."""
     if not holds:
         raise AssertionError(said)
+
+
+def hold(checks: Iterable[tuple[str, Check]]) -> None:
+    """Makes each check; what is broken is said with the check's name."""
+    for name, check in checks:
+        try:
+            check()
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
 
 
 @contextmanager

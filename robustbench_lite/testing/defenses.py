@@ -17,7 +17,7 @@ from robustbench_lite.evaluation import frozen
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
-from robustbench_lite.testing.common import Check, declaration, keyed, require
+from robustbench_lite.testing.common import Check, declaration, hold, keyed, require
 from robustbench_lite.testing.nets import Coarse, convolutional
 from robustbench_lite.threat import ThreatModel, find_norm
 from robustbench_lite.training import Lab, Progress, Recipe
@@ -33,11 +33,7 @@ def check_defense(defense: Defense, sources: Sources = no_sources) -> None:
     Raises:
         AssertionError: says which contract is broken, and what was seen.
     """
-    for name, check in defense_checks(defense, sources):
-        try:
-            check()
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    hold(defense_checks(defense, sources))
 
 
 def defense_checks(defense: Defense, sources: Sources = no_sources) -> Iterator[tuple[str, Check]]:
