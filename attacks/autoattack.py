@@ -32,6 +32,7 @@ class AutoAttack:
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
+    version: ClassVar[int] = 2
     bibtex: ClassVar[str] = APGD.bibtex
 
     def __post_init__(self) -> None:

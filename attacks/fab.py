@@ -36,6 +36,7 @@ class FAB:
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l2"})
     minimises: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     bibtex: ClassVar[str] = """@inproceedings{croce2020minimally,
   title     = {Minimally distorted Adversarial Examples with a Fast Adaptive Boundary Attack},
   author    = {Francesco Croce and Matthias Hein},
@@ -76,11 +77,11 @@ class FAB:
             home = onto(threat, clean, weight, inner(weight, x - clean) - lead)
             far, near = threat.norm.size(here), threat.norm.size(home)
             alpha = by_row((far / (far + near).clamp_min(1e-12)).clamp_max(self.alpha_max), x)
-            ahead = (1 - alpha) * (x + self.eta * here) + alpha * (clean + self.eta * home)
+            ahead = x.add(here, alpha=self.eta).lerp(clean.add(home, alpha=self.eta), alpha)
             ahead = ahead.clamp(threat.lower, threat.upper)
-            x = torch.where(by_row(ahead.flatten(1).isfinite().all(1), x), ahead, x)
+            x = torch.where(by_row(ahead.flatten(1).sum(1).isfinite(), x), ahead, x)
             hit = problem.goal.met(problem.logits(x))
-            x = torch.where(by_row(hit, x), clean + self.beta * (x - clean), x)
+            x = x.lerp(clean, by_row((1 - self.beta) * hit.to(x), x))
         return x
 
     def _boundary(self, problem: Problem, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,17 +116,19 @@ def onto(threat: ThreatModel, x: Tensor, weight: Tensor, gap: Tensor) -> Tensor:
     largest = weight.flatten(1).abs().amax(1).clamp_min(torch.finfo(x.dtype).tiny)
     weight, gap = weight / by_row(largest, x), gap / largest
     step = threat.norm.steepest(weight) * by_row(gap.sign(), x)
-    room = torch.where(step > 0, threat.upper - x, x - threat.lower).clamp_min(0)
-    pace, gain, most = step.abs(), (step * weight).abs(), room * weight.abs()
-    length, loose = torch.zeros_like(gap), room.sign()
-    while True:
-        free, rest = inner(gain, loose), gap.abs() - inner(most, 1 - loose)
-        length = torch.maximum(length, torch.where(free > 0, rest / free, torch.finfo(x.dtype).max))
-        moved = pace * by_row(length, x)
-        still = (room - moved).sign().clamp_min(0)
-        if not (still.flatten(1).sum(1) < loose.flatten(1).sum(1)).any():
-            return step.sign() * torch.minimum(moved, room)
-        loose = still
+    way, pace, slope = step.sign(), step.abs(), weight.abs()
+    middle, half = (threat.upper + threat.lower) / 2, (threat.upper - threat.lower) / 2
+    room = (half - way * (x - middle)).clamp_min(0)
+    gain, wanted, gained, length = pace * slope, gap.abs(), torch.zeros_like(gap), torch.zeros_like(gap)
+    loose, count = room.sign(), torch.full_like(gap, torch.inf)
+    while (going := (now := loose.flatten(1).sum(1)) < count).any():
+        free, count = inner(gain, loose), now
+        further = torch.where(free > 0, (wanted - gained).clamp_min(0) / free, torch.inf)
+        length = torch.where(going, length + further, length).clamp_max(torch.finfo(x.dtype).max / 2)
+        ahead = pace * by_row(length, x)
+        moved = torch.minimum(ahead, room)
+        gained, loose = inner(moved, slope), (room - ahead).sign().clamp_min(0)
+    return way * moved
 
 
 def nearest_boundary(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class Patch:
         turn = math.radians(self.turn if min(high, wide) > 1 else 0) * (2 * turn - 1)
         rows = torch.arange(height, device=x.device).view(1, -1, 1) - (down * (height - high + 1)).floor()
         columns = torch.arange(width, device=x.device).view(1, 1, -1) - (along * (width - wide + 1)).floor()
-        square = (rows >= 0) & (rows < high) & (columns >= 0) & (columns < wide)
+        square = ((rows >= 0) & (rows < high)) & ((columns >= 0) & (columns < wide))
         v, u = rows - (high - 1) / 2, columns - (wide - 1) / 2  # from the centre of the square, in pixels
         grid = torch.stack(
             [
@@ -97,7 +97,7 @@ class Patch:
         )  # from the centre of the patch, its edges at -1 and 1
         distance = grid.abs().amax(-1) if self.shape == "square" else grid.square().sum(-1)
         sampled = F.grid_sample(patch.expand(len(x), *patch.shape), grid, padding_mode="border", align_corners=False)
-        return torch.where((square & (distance <= 1)).unsqueeze(1), sampled, images).view_as(x)
+        return images.lerp(sampled, (square & (distance <= 1)).unsqueeze(1).to(x)).view_as(x)
 
 
 def window(problem: Problem) -> tuple[int, int, int]:

@@ -79,7 +79,9 @@ class ThreatModel:
     def step(self, x: Tensor, clean: Tensor, grad: Tensor, length: float) -> Tensor:
         """A projected steepest ascent step of size ``length``; coordinates held at a pixel bound take no part."""
         if self.norm.shared:
-            grad = grad.masked_fill(((x <= self.lower) & (grad < 0)) | ((x >= self.upper) & (grad > 0)), 0)
+            most = torch.finfo(grad.dtype).max  # room times this, not masks: on a CPU they are five times slower
+            down, up = (self.lower - x).sign().clamp_max(0), (self.upper - x).sign().clamp_min(0)
+            grad = grad.clamp(down * most, up * most)
         return self.project(x.add(self.norm.steepest(grad), alpha=length), clean)
 
     def sample(self, noise: Noise, clean: Tensor) -> Tensor:

@@ -223,6 +223,8 @@ def test_a_step_spends_nothing_on_coordinates_at_a_pixel_bound():
     torch.testing.assert_close((x - clean).norm(), torch.tensor(0.2))
     back = ThreatModel(NORMS["l1"], 0.2).step(clean, clean, -grad, 0.2)
     torch.testing.assert_close(back, torch.tensor([[0.8, 0.0, 0.5, 0.0]]))
+    beyond = clean + torch.tensor([[1e-7, -1e-7, 0, 0]])  # as rounding may leave it
+    assert torch.equal(ThreatModel(NORMS["l2"], 1).step(beyond, clean, grad, 0.2)[:, :2], clean[:, :2])
 
 
 @pytest.mark.parametrize("name", NORMS)

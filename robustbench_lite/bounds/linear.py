@@ -169,23 +169,22 @@ class _Replaced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, each: int, below: Tensor, gap: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-        many = values.unflatten(0, (-1, each))
-        negative = many < 0
-        slopes = torch.where(negative, (below + gap).unsqueeze(1), below.unsqueeze(1))
-        ctx.save_for_backward(many, negative, slopes, offset)
-        least = many.clamp(max=0).flatten(2) @ offset.flatten(1).unsqueeze(2)
-        return (many * slopes).flatten(0, 1), least.flatten()
+        many, below, gap = values.unflatten(0, (-1, each)), below.unsqueeze(1), gap.unsqueeze(1)
+        negative = many.clamp(max=0)
+        ctx.save_for_backward(many, below, gap, offset)
+        least = negative.flatten(2) @ offset.flatten(1).unsqueeze(2)
+        return torch.addcmul(many * below, negative, gap).flatten(0, 1), least.flatten()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        many, negative, slopes, offset = ctx.saved_tensors
-        carried, least = grads[0].view_as(many), grads[1].view(len(many), -1, 1)
-        pull = (least @ offset.flatten(1).unsqueeze(1)).view_as(many)
-        of_values = torch.where(negative, pull, 0).addcmul_(carried, slopes).flatten(0, 1)
-        change = carried * many
-        of_below = change.sum(1) if ctx.needs_input_grad[2] else None
-        of_offset = (many.clamp(max=0).flatten(2).transpose(1, 2) @ least).view_as(offset)
-        return of_values, None, of_below, change.mul_(negative).sum(1), of_offset
+        many, below, gap, offset = ctx.saved_tensors
+        negative = many.clamp(max=0)
+        carried, least = grads[0].view_as(many), grads[1].view(*many.shape[:2], *[1] * (many.dim() - 2))
+        where_negative = torch.addcmul(carried * gap, least, offset.unsqueeze(1))
+        of_values = torch.addcmul(carried * below, negative.sign(), where_negative, value=-1).flatten(0, 1)
+        of_below = (carried * many).sum(1) if ctx.needs_input_grad[2] else None
+        of_offset = (negative * least).sum(1)
+        return of_values, None, of_below, (carried * negative).sum(1), of_offset
 
 
 def differences(labels: Tensor, classes: int) -> Tensor:
