@@ -150,7 +150,7 @@ def run(
         "seed": seed,
         "target": towards,
         "eot": eot,
-        "precision": options.precision(precision),
+        "precision": precision,
         "threads": threads,
         "out": out,
         "fresh": fresh,

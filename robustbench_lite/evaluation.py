@@ -21,6 +21,7 @@ from robustbench_lite.defended import (
     ask,
     ask_finally,
     device_of,
+    known_precision,
     no_sources,
     steady,
 )
@@ -88,7 +89,7 @@ def evaluate(
     if not adaptive and not isinstance(defended.model, Defended):
         raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
-        classes = check(defended, x, y, threat, precision)
+        classes = check(defended, x, y, threat, known_precision(precision))
         sources = checked(sources, classes, x, y, threat, precision)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result

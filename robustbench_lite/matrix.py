@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
-from robustbench_lite.pool import Crew, Pool
+from robustbench_lite.pool import Pool
 from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
 from robustbench_lite.store import Chunk, Store
 from robustbench_lite.tasks import Executor, Here, Station, Task
@@ -225,10 +225,6 @@ def benchmark(
     """
     if workers < 0 or threads < 1:
         raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision is {' or '.join(get_args(Precision))}, not {precision!r}")
-    if eot is not None and eot < 1:
-        raise ValueError(f"eot must be 1 or more, not {eot}")
     if timeout is not None and not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be above 0 seconds, not {timeout:g}")
     images, workshop, wanted = prepare(
@@ -255,7 +251,7 @@ def benchmark(
     with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))
-        share = max(1, executor.size if isinstance(executor, Crew) else 1)
+        share = max(1, executor.size)
         runner = Runner(station, store, claims, executor, watcher, share, timeout, isolate, fresh, probing=probe)
         return _in_order(runner.run(wanted))
 

@@ -239,12 +239,6 @@ def target(text: str | None) -> Target | None:
         raise ValueError(f"--target wants a class's number, next, random or least-likely, not {text!r}") from None
 
 
-def precision(text: str) -> str:
-    if text not in ("float32", "bf16"):
-        raise ValueError(f"--precision wants float32 or bf16, not {text!r}")
-    return text
-
-
 def numbers(option: str, text: str | None) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(",")) if text else ()

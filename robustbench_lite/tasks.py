@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustbench_lite import data, registry
 from robustbench_lite.certifying import Court
-from robustbench_lite.defended import Defended, Precision
+from robustbench_lite.defended import Defended, Precision, known_precision
 from robustbench_lite.evaluation import Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import Outcome, Unfinished
@@ -47,6 +47,10 @@ class Task:
 class Executor(Protocol):
     """Who computes tasks; in whatever order, and as many at once as it likes."""
 
+    @property
+    def size(self) -> int:
+        """How many at once; 0 where that is not known."""
+
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]: ...
 
 
@@ -65,6 +69,11 @@ class Station:
     eot: int | None = None
     precision: Precision = "float32"
     kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        known_precision(self.precision)
+        if self.eot is not None and self.eot < 1:
+            raise ValueError(f"eot must be 1 or more, not {self.eot}")
 
     def __call__(self, task: Task) -> Callable[[], Chunk]:
         """Sets a task up; what is returned computes it.
@@ -152,6 +161,7 @@ class Here:
     """Computes one task after the other in this process."""
 
     station: Station
+    size: int = 1
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]:
         for task in tasks:

@@ -99,4 +99,4 @@ def test_on_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert pd.read_csv("board.csv")["attacks"].tolist() == ["fgsm (bf16)"]
     monkeypatch.setattr("sys.argv", [*command.split(), "bf17"])
     assert cli.main() == 2
-    assert "--precision wants float32 or bf16, not 'bf17'" in capsys.readouterr().err
+    assert "precision is float32 or bf16, not 'bf17'" in capsys.readouterr().err
