@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from robustbench_lite import specs
-from robustbench_lite.leaderboard import Entry, Probe, grouped, mcnemar, wilson
+from robustbench_lite.chance import mcnemar, wilson
+from robustbench_lite.entries import Entry, Probe, grouped
 from robustbench_lite.outcome import BROKEN, HELD, NAN, SATURATED, UNSEEN, WRONG, ZERO, Outcome, Probed
 
 if TYPE_CHECKING:

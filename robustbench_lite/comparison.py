@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robustbench_lite.leaderboard import Entry, Proof, Setting, certified_by, grouped, mcnemar, robust, verified
+from robustbench_lite.chance import mcnemar
+from robustbench_lite.entries import Entry, Proof, Setting, certified_by, grouped, robust, verified
 from robustbench_lite.outcome import VERIFIED, Certified, Outcome
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def compare(before: Results, after: Results) -> pd.DataFrame:
     """A line an accuracy: clean, robust and certified as in the leaderboard, and those of each attack and certifier.
 
     The columns are those of ``COMPARISON``. Two accuracies are compared on the inputs that both have; ``lost`` and
-    ``gained`` are how many count only before or only after, ``p_value`` is that of :func:`.leaderboard.mcnemar`, and
+    ``gained`` are how many count only before or only after, ``p_value`` is that of :func:`.chance.mcnemar`, and
     ``same_model`` says whether weights and data are the same. One that is on one side only has no other figure.
     """
     import pandas as pd

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from robustbench_lite import __version__
-from robustbench_lite.leaderboard import Entry, wilson
+from robustbench_lite.chance import wilson
+from robustbench_lite.entries import Entry
 from robustbench_lite.outcome import SKIPPED, UNKNOWN
 from robustbench_lite.threat import parse_number
 

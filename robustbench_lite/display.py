@@ -20,10 +20,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from robustbench_lite.chance import wilson
 from robustbench_lite.comparison import LEVEL, changed
 from robustbench_lite.curves import named
 from robustbench_lite.exports import number, percent
-from robustbench_lite.leaderboard import wilson
 from robustbench_lite.runner import Watcher
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.training import Progress as Training

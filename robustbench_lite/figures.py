@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from robustbench_lite import curves
-from robustbench_lite.leaderboard import Entry, Proof, grouped, robust, unknown, wilson
+from robustbench_lite.chance import wilson
+from robustbench_lite.entries import Entry, Proof, grouped, robust, unknown
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import BROKEN, SKIPPED, WRONG
 

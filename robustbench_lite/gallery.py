@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from robustbench_lite import data
-from robustbench_lite.leaderboard import Entry
+from robustbench_lite.entries import Entry
 from robustbench_lite.outcome import BROKEN
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from robustbench_lite import audit, comparison, curves, data, exports, leaderboa
 from robustbench_lite.claims import Claims
 from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
+from robustbench_lite.entries import Entry, Found, Probe, Proof, Setting, violations
 from robustbench_lite.evaluation import Target
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
 class Results:
     """What a benchmark found, as tables; every figure is derived from :meth:`rows` and :meth:`certified_rows`."""
 
-    entries: tuple[leaderboard.Entry, ...]
-    proofs: tuple[leaderboard.Proof, ...] = ()
-    probes: tuple[leaderboard.Probe, ...] = ()
+    entries: tuple[Entry, ...]
+    proofs: tuple[Proof, ...] = ()
+    probes: tuple[Probe, ...] = ()
 
     def leaderboard(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.leaderboard.leaderboard`."""
@@ -69,8 +70,8 @@ class Results:
         return leaderboard.rows(self.proofs)
 
     def violations(self) -> list[str]:
-        """See :func:`robustbench_lite.leaderboard.violations`."""
-        return leaderboard.violations(self.entries, self.proofs)
+        """See :func:`robustbench_lite.entries.violations`."""
+        return violations(self.entries, self.proofs)
 
     def curves(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.curves.curves`."""
@@ -382,16 +383,16 @@ def write_html(parts: Sequence[report.Part], path: Path, data_dir: Path | None) 
         part.write_text(report.html(parts, data_dir), "utf-8", newline="\n")
 
 
-def _in_order(found: Sequence[leaderboard.Found]) -> Results:
+def _in_order(found: Sequence[Found]) -> Results:
     """Results whose order does not depend on how they were asked for, or stored."""
 
-    def key(one: leaderboard.Setting) -> tuple[Any, ...]:
+    def key(one: Setting) -> tuple[Any, ...]:
         dataset, norm, *block = one.block
         return dataset, list(NORMS).index(norm), *block, one.defense, one.model, one.subject, not one.adaptive
 
-    entries = [one for one in found if isinstance(one, leaderboard.Entry)]
-    proofs = [one for one in found if isinstance(one, leaderboard.Proof)]
-    probes = [one for one in found if isinstance(one, leaderboard.Probe)]
+    entries = [one for one in found if isinstance(one, Entry)]
+    proofs = [one for one in found if isinstance(one, Proof)]
+    probes = [one for one in found if isinstance(one, Probe)]
     return Results(
         tuple(sorted(entries, key=lambda one: (*key(one), one.attack))),
         tuple(sorted(proofs, key=lambda one: (*key(one), one.certifier))),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from robustbench_lite import classifiers, registry
-from robustbench_lite.leaderboard import Entry, Proof, grouped
+from robustbench_lite.entries import Entry, Proof, grouped
 from robustbench_lite.trained import NONE
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 from robustbench_lite import __version__, audit, exports, figures, gallery, provenance
 from robustbench_lite.charts import Chart, Point
 from robustbench_lite.curves import ALL, CURVES, DISTANCES, SIZES
-from robustbench_lite.leaderboard import Setting
+from robustbench_lite.entries import Setting
 from robustbench_lite.model_info import eps_text
 
 if TYPE_CHECKING:

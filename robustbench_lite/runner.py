@@ -12,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from robustbench_lite import __version__, leaderboard, probing, registry
+from robustbench_lite import __version__, probing, registry
 from robustbench_lite.certifying import searches
 from robustbench_lite.claims import Claims
 from robustbench_lite.defended import Defended
+from robustbench_lite.entries import Entry, Found, Probe, Proof
 from robustbench_lite.evaluation import frozen
 from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed, Unfinished
 from robustbench_lite.planning import Plan
@@ -66,7 +67,7 @@ class Job:
     missing: list[Span] = field(default_factory=list)
     lost: dict[Span, int] = field(default_factory=dict)  # how often a chunk had no answer
     given_up: dict[Span, str] = field(default_factory=dict)  # chunks for which it is not asked again, and why
-    found: leaderboard.Entry | leaderboard.Proof | None = None
+    found: Entry | Proof | None = None
 
     def __str__(self) -> str:
         defense = self.chain if self.cell is None else self.cell.about["defense"]
@@ -93,7 +94,7 @@ class Runner:
     probing: bool = True
     made: set[Path] = field(default_factory=set, init=False, repr=False, compare=False)  # chunks, by this run
 
-    def run(self, plan: Plan) -> list[leaderboard.Found]:
+    def run(self, plan: Plan) -> list[Found]:
         """What is found in every cell, and of every model. Chunks that another run has claimed are waited for."""
         jobs = self._jobs(plan)
         told = False
@@ -180,7 +181,7 @@ class Runner:
             job.plugin = replace(cast(Any, plugin), learned=job.learned)
         self._advance(job, sum(map(len, job.done)))
 
-    def _probe(self, job: Job) -> leaderboard.Probe | None:
+    def _probe(self, job: Job) -> Probe | None:
         """What the first chunk shows of the model; nothing where a black box does not answer."""
         subject = self.station.subject(job.chain)
         cell, (start, stop) = probed_of(self.station, subject, job.threat, job.adaptive), spans(self.station)[0]
@@ -335,13 +336,13 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
     }
 
 
-def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.Entry:
+def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> Entry:
     about = cell.about
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
     target, eot, precision = (cell.identity.get(name) for name in ("target", "eot", "precision"))
     ways = [f" to {target}"] * (target is not None) + [f" (eot {eot})"] * (eot not in (None, about["draws"]))
     ways += [f" ({precision})"] * (precision != "float32")
-    return leaderboard.Entry(
+    return Entry(
         **_setting(cell, threat.eps),
         attack="".join([about["attack"], *ways]),
         adaptive=cell.identity.get("adaptive", True),
@@ -351,14 +352,14 @@ def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> leaderboard.E
     )
 
 
-def proof_of(cell: Cell, certified: Certified) -> leaderboard.Proof:
+def proof_of(cell: Cell, certified: Certified) -> Proof:
     setting = _setting(cell, cell.identity["eps"])
-    return leaderboard.Proof(**setting, certifier=cell.about["certifier"], certified=certified)
+    return Proof(**setting, certifier=cell.about["certifier"], certified=certified)
 
 
-def probe_of(cell: Cell, probed: Probed) -> leaderboard.Probe:
+def probe_of(cell: Cell, probed: Probed) -> Probe:
     setting, adaptive = _setting(cell, cell.identity["eps"]), cell.identity.get("adaptive", True)
-    return leaderboard.Probe(**setting, adaptive=adaptive, probed=probed, classes=cell.about["classes"])
+    return Probe(**setting, adaptive=adaptive, probed=probed, classes=cell.about["classes"])
 
 
 def _setting(cell: Cell, eps: float) -> dict[str, Any]:

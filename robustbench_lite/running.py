@@ -110,7 +110,7 @@ def below(results: Results, limit: float | None, errors: Console) -> int:
 
 def violated(found: Collection[Results], errors: Console) -> int:
     """The exit code of certificates that were broken, and a line each; those of one run count for all."""
-    from robustbench_lite.leaderboard import violations
+    from robustbench_lite.entries import violations
 
     entries = [entry for results in found for entry in results.entries]
     proofs = [proof for results in found for proof in results.proofs]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.defended import Defended
+from robustbench_lite.entries import violations
 from robustbench_lite.evaluation import evaluate
-from robustbench_lite.leaderboard import leaderboard, violations
+from robustbench_lite.leaderboard import leaderboard
 from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.outcome import BROKEN, HELD, REJECTED, Outcome
 from robustbench_lite.runner import Watcher

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from robustbench_lite import audit, cli, data, probing
 from robustbench_lite.audit import FLAGS, findings, flags
+from robustbench_lite.chance import mcnemar
 from robustbench_lite.defended import Defended, straight_through
+from robustbench_lite.entries import Entry, Probe
 from robustbench_lite.evaluation import Bench, check, frozen
-from robustbench_lite.leaderboard import Entry, Probe, leaderboard, mcnemar
+from robustbench_lite.leaderboard import leaderboard
 from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.outcome import Probed
 from robustbench_lite.probing import probe

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from robustbench_lite import cli
+from robustbench_lite.chance import wilson
 from robustbench_lite.curves import ALL, CURVES, curves, grid, plot
-from robustbench_lite.leaderboard import Entry, wilson
+from robustbench_lite.entries import Entry
 from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.outcome import Unfinished
 from robustbench_lite.problem import Access, Problem

@@ -25,6 +25,8 @@ LAYERS = [
         "planning",
         "suites",
         "forecast",
+        "chance",
+        "entries",
         "leaderboard",
         "curves",
         "figures",

@@ -8,23 +8,9 @@ import pandas as pd
 import pytest
 
 from robustbench_lite import leaderboard as module
-from robustbench_lite.leaderboard import (
-    CERTIFICATES,
-    LEADERBOARD,
-    Entry,
-    Probe,
-    Proof,
-    Setting,
-    certificates,
-    leaderboard,
-    matrix,
-    per_class,
-    robust,
-    rows,
-    unknown,
-    violations,
-    wilson,
-)
+from robustbench_lite.chance import wilson
+from robustbench_lite.entries import Entry, Probe, Proof, Setting, robust, unknown, violations
+from robustbench_lite.leaderboard import CERTIFICATES, LEADERBOARD, certificates, leaderboard, matrix, per_class, rows
 from robustbench_lite.matrix import Results, write_csv
 from robustbench_lite.outcome import Certified, Outcome
 from tests.outcomes import looked_at, made, proved

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from robustbench_lite import charts, figures, gallery, report
-from robustbench_lite.leaderboard import Entry, Proof, wilson
+from robustbench_lite.chance import wilson
+from robustbench_lite.entries import Entry, Proof
 from robustbench_lite.matrix import Results
 from robustbench_lite.store import Cell
 from tests.outcomes import made, proved

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from robustbench_lite.audit import findings
 from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.defended import Defended, ask, ask_finally
+from robustbench_lite.entries import Entry, Probe, by_draw
 from robustbench_lite.evaluation import Bench, check, evaluate
-from robustbench_lite.leaderboard import Entry, Probe, by_draw
 from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
