@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.defended import Defended
 from robustbench_lite.lipschitz import unfolding
+from robustbench_lite.models import ConvexBlock, ConvexSum
 from robustbench_lite.noise import Noise
 from robustbench_lite.registry import defense
 from robustbench_lite.training import Lab, Loss, Recipe
@@ -24,8 +25,9 @@ class Parseval(Recipe):
 
     After each step W becomes (1 + beta) W - beta W W^T W (algorithm 1), in large layers a random 30 % of its rows;
     before and after training the nearest frame is taken. A convolution's W is its unfolded kernel, so scaled that its
-    operator norm is at most 1. Logits then move no further than inputs, in l2, and differ little: in the loss, and only
-    there, they are divided by ``temperature``. The lower, the closer it fits; the higher, the larger the margins.
+    operator norm is at most 1; residual sums are convex, with weights that are projected onto the simplex. Logits then
+    move no further than inputs, in l2, and differ little: in the loss, and only there, they are divided by
+    ``temperature``. The lower, the closer it fits; the higher, the larger the margins.
     """
 
     shift: int = 1
@@ -62,6 +64,9 @@ class Parseval(Recipe):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, noise: Noise) -> None:
+        for layer in model.modules():
+            if isinstance(layer, ConvexSum):
+                layer.project()
         for name, matrix, scale in _matrices(model):
             rows = slice(None)
             if len(matrix) > LARGE:
@@ -93,10 +98,10 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
 
 def _require_chain(model: nn.Module) -> None:
     """Sees that nothing but its layers can stretch a difference."""
-    known = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten)
+    known = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten, ConvexBlock)
     other = [type(layer).__name__ for layer in model.children() if not isinstance(layer, known)]
     if not isinstance(model, nn.Sequential) or other:
         raise ValueError(
-            f"parseval trains chains of {', '.join(kind.__name__ for kind in known)} (cnn, cnn-large, mlp), "
-            f"not {other[0] if other else type(model).__name__}: it has no frame for residual sums and batch norm"
+            f"parseval trains chains of {', '.join(kind.__name__ for kind in known)} (cnn, cnn-large, mlp, "
+            f"convex-resnet), not {other[0] if other else type(model).__name__}: it has no frame for batch norm"
         )

@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from robustbench_lite.classifiers import Adapted
 from robustbench_lite.defended import Defended
+from robustbench_lite.models import ConvexSum
 from robustbench_lite.wording import one_line
 
 SAMPLES = 16  # of a symbol for each degree that it has: its largest value is found to within 2 %, which are then added
@@ -109,13 +110,18 @@ def trace(net: nn.Module, x: Tensor) -> fx.GraphModule:
     """The network as a graph whose nodes know their shapes."""
     called = nn.Sequential(net)  # so that what else its forward takes has its default
     try:
-        traced = fx.GraphModule(called, fx.Tracer().trace(called))
+        traced = fx.GraphModule(called, _Tracer().trace(called))
         same = torch.allclose(ShapeProp(traced).propagate(x[:1].clone()), net(x[:1].clone()))
     except Exception as error:  # whatever a forward does with a stand-in for a tensor
         raise ValueError(f"certifier lipschitz cannot trace {type(net).__name__}: {one_line(error)}") from error
     if not same:  # a trace does not see that x += y changes what others hold
         raise ValueError(f"certifier lipschitz cannot trace {type(net).__name__}: its graph answers otherwise")
     return traced
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ConvexSum) or super().is_leaf_module(m, module_qualified_name)
 
 
 def constants(traced: fx.GraphModule) -> dict[fx.Node, float]:
@@ -127,6 +133,8 @@ def constants(traced: fx.GraphModule) -> dict[fx.Node, float]:
             bounds[node] = 1.0
         elif not any(before) or _asks_for_shape(node):
             bounds[node] = 0.0
+        elif node.op == "call_module" and isinstance(layer := traced.get_submodule(node.target), ConvexSum):
+            bounds[node] = sum(weight * bound for weight, bound in zip(layer.weights.abs().tolist(), before))
         elif node.op == "call_module":
             bounds[node] = before[0] * layer_norm(node.target.removeprefix("0."), traced.get_submodule(node.target))
         elif node.op == "output" or node.target in KEEPING:
@@ -201,6 +209,11 @@ def _leaky(layer: nn.LeakyReLU) -> float:
 @covers(nn.Sigmoid)
 def _sigmoid(layer: nn.Sigmoid) -> float:
     return 0.25
+
+
+@covers(ConvexSum)
+def _sum(layer: ConvexSum) -> float:
+    return float(layer.weights.abs().sum())  # if one input went both ways
 
 
 @covers(nn.Linear)

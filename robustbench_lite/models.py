@@ -1,5 +1,6 @@
 """Architectures by name."""
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -101,9 +102,57 @@ def preact_resnet18(shape: Shape, classes: int) -> nn.Module:
     )
 
 
+class ConvexSum(nn.Module):
+    """A convex combination of two branches, whose ``weights`` (2,) are learned: it stretches no difference that the
+    branches do not (Cisse et al., 2017, algorithm 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.full((2,), 0.5))
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        mixed: Tensor = self.weights[0] * one + self.weights[1] * other
+        return mixed
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Gives the weights the nearest values that are not negative and add up to 1."""
+        share = ((self.weights[0] - self.weights[1] + 1) / 2).clamp(0, 1)
+        self.weights.copy_(torch.stack([share, 1 - share]))
+
+
+class ConvexBlock(nn.Module):
+    """Two 3x3 convolutions, each after ReLU, and a way around them, in a convex sum."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, out, 3, stride, 1), nn.Conv2d(out, out, 3, 1, 1)
+        same = stride == 1 and width == out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(width, out, 1, stride)
+        self.sum = ConvexSum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.sum(self.shortcut(x), self.conv2(F.relu(self.conv1(F.relu(x)))))
+        return out
+
+
+def convex_resnet(shape: Shape, classes: int) -> nn.Module:
+    """A small residual net without batch norm, whose sums are convex: conv32 and blocks of 32, 64 and 64 channels."""
+    return nn.Sequential(
+        nn.Conv2d(shape[0], 32, 4, stride=2, padding=1),
+        ConvexBlock(32, 32, 1),
+        ConvexBlock(32, 64, 2),
+        ConvexBlock(64, 64, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * math.ceil(shape[1] // 2 / 2) * math.ceil(shape[2] // 2 / 2), classes),
+    )
+
+
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "cnn": cnn,
     "cnn-large": cnn_large,
+    "convex-resnet": convex_resnet,
     "lenet": lenet,
     "mlp": mlp,
     "preact-resnet18": preact_resnet18,

@@ -16,7 +16,7 @@ from robustbench_lite.classifiers import Adapted
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.lipschitz import convolution_norm, layer_norms, pairwise
-from robustbench_lite.models import PreActBlock, build
+from robustbench_lite.models import ConvexBlock, ConvexSum, PreActBlock, build
 from robustbench_lite.noise import Noise
 from robustbench_lite.registry import make
 from robustbench_lite.smoothed import Smoothed
@@ -146,12 +146,31 @@ def test_sums_and_branches_by_hand():
     assert bound(net, (2, 2)) == pytest.approx((1 + one) * math.hypot(2, two))
 
 
+class Mixed(nn.Module):
+    """What doubles and what takes four times, mixed 1 to 3: no more than 3.5 times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(2))
+        self.one.weight.data, self.two.weight.data = 2 * torch.eye(4).double(), 4 * torch.eye(4).double()
+        self.sum = ConvexSum()
+        self.sum.weights.data = torch.tensor([0.25, 0.75])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sum(self.one(x), self.two(x))
+
+
+def test_a_convex_sum_by_hand():
+    assert bound(Mixed(), (4,)) == pytest.approx(3.5)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_network_never_stretches_more_than_its_bound(seed: int):
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, 1, 1),
         PreActBlock(4, 4, 1),
+        ConvexBlock(4, 4, 1),
         PreActBlock(4, 6, 2),
         nn.MaxPool2d(2, 1),
         nn.Sigmoid(),

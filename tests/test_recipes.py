@@ -19,7 +19,7 @@ from robustbench_lite.defenses import parseval
 from robustbench_lite.defenses.parseval import retracted
 from robustbench_lite.defenses.trades import divergence
 from robustbench_lite.evaluation import evaluate
-from robustbench_lite.models import build
+from robustbench_lite.models import ConvexSum, build
 from robustbench_lite.noise import Noise
 from robustbench_lite.registry import builtin, make
 from robustbench_lite.testing import Check, defense_checks
@@ -220,7 +220,7 @@ def trained_by_parseval(model: str, **more: object) -> tuple[Defended, Tensor]:
     return recipe(build(model, data.shape, 10), lab_of(data)), data.x
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "convex-resnet"])
 def test_parseval_leaves_frames_in_a_net_that_stretches_nothing(name: str, tmp_path: Path):
     model, x = trained_by_parseval(name)
     for values in lipschitz.singular_values(model).values():
@@ -233,6 +233,23 @@ def test_parseval_leaves_frames_in_a_net_that_stretches_nothing(name: str, tmp_p
     plain = build(name, (1, 8, 8), 10, seed=5)
     fill(plain, tmp_path / "w.safetensors")
     assert all(abs(values - 1).max() < 0.01 for values in lipschitz.singular_values(plain).values())
+
+
+def test_parseval_keeps_residual_sums_convex():
+    model = build("convex-resnet", (1, 8, 8), 10)
+    sums = [layer for layer in model.modules() if isinstance(layer, ConvexSum)]
+    for layer, weights in zip(sums, ([0.9, 0.5], [2.0, 0.1], [-1.0, -1.0])):
+        layer.weights.data = torch.tensor(weights)
+    make("defense", "parseval").after_step(model, Noise(0, torch.zeros(1, dtype=torch.int64)))
+    nearest = torch.tensor([[0.7, 0.3], [1.0, 0.0], [0.5, 0.5]])
+    torch.testing.assert_close(torch.stack([layer.weights.data for layer in sums]), nearest)
+
+
+def test_parseval_learns_the_weights_of_residual_sums():
+    model, _ = trained_by_parseval("convex-resnet", rate=0.01)
+    weights = torch.stack([layer.weights.detach() for layer in model.modules() if isinstance(layer, ConvexSum)])
+    assert (weights[:, 0] - 0.5).abs().max() > 1e-3
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
 
 
 def test_retraction_alone_keeps_layers_near_frames(monkeypatch: pytest.MonkeyPatch):
@@ -258,6 +275,6 @@ def test_of_large_layers_a_share_of_the_rows_is_retracted():
 
 def test_parseval_refuses_what_it_has_no_frame_for():
     with pytest.raises(
-        ValueError, match=r"^parseval trains chains of .* not PreActBlock: it has no frame for residual"
+        ValueError, match=r"^parseval trains chains of .* not PreActBlock: it has no frame for batch norm"
     ):
         trained_by_parseval("preact-resnet18")
