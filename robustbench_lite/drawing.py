@@ -127,14 +127,14 @@ def _training(rows: pd.DataFrame) -> Figure:
     models = [model for _, model in rows.groupby("line", sort=False)]
     figure, all_axes = _figure(2 * len(models), 3.2, 2.4, most=2)
     for model, left, right in zip(models, all_axes[::2], all_axes[1::2]):
-        for k, kind in enumerate(("robust", "clean")):
+        for k, kind in enumerate(("clean", "robust")):
             accuracy = model[f"{kind}_accuracy"]
             if accuracy.notna().any():
                 left.plot(model["epoch"], 100 * accuracy, label=kind, marker=MARKERS[k], markersize=3.5, **_look(k))
         right.plot(model["epoch"], model["loss"], marker=MARKERS[0], markersize=3.5, **_look(0))
         left.set(ylabel="accuracy, %", ylim=(-2, 102))
         left.legend(frameon=False)
-        right.set(ylabel="training loss")
+        right.set(ylabel="training loss", ylim=(min(0, model["loss"].min()), None))
         for axes in (left, right):
             axes.set(title=_short(model["defense"].iloc[0]), xlabel="epoch")
             axes.locator_params(axis="x", integer=True)

@@ -286,7 +286,7 @@ def _trainings(part: Part) -> Iterator[Panel]:
         about = part.about(records(rows.head(1))[0] | {"adaptive": True})
         last, highest = float(rows["epoch"].max()), float(rows["loss"].max())
         accuracies = Chart("epoch", "accuracy, %", last, whole=True)
-        for kind in ("robust", "clean"):
+        for kind in ("clean", "robust"):
             if points := _points(rows, f"{kind}_accuracy"):
                 accuracies.add(kind, points)
         yield Panel(about, accuracies)

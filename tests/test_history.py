@@ -18,12 +18,13 @@ def test_what_was_written_is_read_to_the_last_bit():
         [type(value) for value in one] for one in WHOLE
     ]
     assert parse(to_text(())) == ()
+    assert parse(changed()) == (FIRST, WHOLE[2])
 
 
 def changed(**fields: Any) -> str:
-    """The text of an epoch with other fields."""
+    """The text of two epochs, the first with other fields."""
     told = {name: value for name, value in {**FIRST._asdict(), **fields}.items() if value is not GONE}
-    return json.dumps([told])
+    return json.dumps([told, WHOLE[2]._asdict()])
 
 
 HOSTILE = {

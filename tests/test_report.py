@@ -284,7 +284,7 @@ def test_training_curves_go_through_the_figures():
     assert titles == ["accuracy, % by epoch: madry", "training loss by epoch: madry"]
     x = [charts.LEFT + (charts.RIGHT - charts.LEFT) * epoch / 4 for epoch in (1, 2, 4)]
     curves = [line for line in lines if line != "M0,5H34"]  # which is in a legend
-    for path, heights in zip(curves, ((0.125, 0.25, 0.5), (0.5, 0.75, 1), (1, 0.5, 0.25)), strict=True):
+    for path, heights in zip(curves, ((0.5, 0.75, 1), (0.125, 0.25, 0.5), (1, 0.5, 0.25)), strict=True):
         y = [charts.BOTTOM - (charts.BOTTOM - charts.TOP) * height for height in heights]
         assert path == "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
 
