@@ -298,7 +298,7 @@ def test_a_training_without_a_curve_to_draw_is_in_the_table():
 
 def test_a_page_tells_what_training_left_with_the_weights(place, bench):
     line = "--attack fgsm --defense standard:epochs=2 --model mlp --dataset digits --n 20 --no-audit"
-    assert bench(f"{line} --workers 1 --html page.html").code == 0
+    assert bench(f"{line} --html page.html").code == 0
     [weights] = Path("cache").rglob("*.safetensors")
     with safe_open(weights, "pt") as file:
         kept = json.loads(file.metadata()["history"])
