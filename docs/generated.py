@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import robustbench_lite as rb
-from robustbench_lite import audit, comparison, curves, data, leaderboard, models, outcome, registry
+from robustbench_lite import audit, comparison, curves, data, figures, leaderboard, models, outcome, registry
 from robustbench_lite.defended import Defended
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS
@@ -28,6 +28,7 @@ TABLES: dict[str, Sequence[str]] = {
     "per_class": leaderboard.PER_CLASS,
     "curves": curves.CURVES,
     "comparison": comparison.COMPARISON,
+    "trainings": figures.TRAININGS,
     "audit": [*audit.table([]).columns],
     "outcome": [*FRAME, "attack", "seed", "adaptive", *outcome.Outcome.columns()],
     "certified": [*FRAME, "certifier", "seed", *outcome.Certified.columns()],

@@ -13,7 +13,7 @@ LOOKS, MARKERS, DASHES = 7, 6, 4  # colours, marks and dashes that the page has:
 
 @dataclass(frozen=True)
 class Point:
-    """Of a curve; ``y`` and its interval are fractions."""
+    """Of a curve; ``y`` and its interval are fractions, unless the chart says how high it is."""
 
     x: float
     y: float
@@ -43,12 +43,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A panel: fractions as percent, over eps or, where ``log``, over counts, at which they step."""
+    """A panel: fractions as percent, or figures from 0 up to ``height``, over eps, over ``whole`` numbers or, where
+    ``log``, over counts, at which they step."""
 
     across: str  # what runs along the x axis
     up: str
     top: float
     log: bool = False
+    whole: bool = False
+    height: float | None = None
     lines: list[Line] = field(default_factory=list)
 
     def add(self, label: str, points: Sequence[Point]) -> None:
@@ -65,8 +68,8 @@ class Chart:
         share = math.log(value) / math.log(max(self.top, 2)) if self.log else value / self.top
         return LEFT + (RIGHT - LEFT) * share
 
-    def y(self, fraction: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * fraction
+    def y(self, value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * value / (self.height or 1)
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
@@ -75,11 +78,19 @@ class Chart:
             decades = math.floor(math.log10(max(self.top, 2)) + 1e-9)
             every = max(1, math.ceil((decades + 1) / 5))
             return [(self.x(10.0**k), f"{10**k:,}") for k in range(0, decades + 1, every)]
-        step = 10.0 ** math.floor(math.log10(self.top))
-        step = next(step * part for part in (0.2, 0.25, 0.5, 1.0, 2.0) if step * part * 5 >= self.top)
-        return [(self.x(k * step), f"{k * step:g}") for k in range(int(self.top / step + 1e-9) + 1)]
+        return [(self.x(value), f"{value:g}") for value in _round(self.top, self.whole)]
 
     @property
     def levels(self) -> list[tuple[float, str]]:
         """Places and labels along the y axis."""
+        if self.height is not None:
+            return [(self.y(value), f"{value:g}") for value in _round(self.height)]
         return [(self.y(percent / 100), str(percent)) for percent in (0, 25, 50, 75, 100)]
+
+
+def _round(top: float, whole: bool = False) -> list[float]:
+    """Round numbers at even distances from 0 up to ``top``."""
+    unit = 10.0 ** math.floor(math.log10(top))
+    steps = [unit * part for part in (0.2, 0.25, 0.5, 1.0, 2.0) if not (whole and unit * part % 1)]
+    step = next(step for step in steps if step * 5 >= top)
+    return [k * step for k in range(int(top / step + 1e-9) + 1)]

@@ -473,7 +473,7 @@ def train(
             display.bars.stop()
             errors.print("stopped; finished epochs are kept: run the same again to go on", soft_wrap=True)
             raise typer.Exit(STOPPED) from None
-        sha256 = trained.save(defended.model, out, half)
+        sha256 = trained.save(defended.model, out, half, defended.history)
     running.stdout().print(f"{registry.spec(links[0])}: wrote {out}, SHA-256 {sha256}", soft_wrap=True)
     running.stdout().print(
         f"measure it: robust-bench --attack pgd --dataset {dataset} --model {workshop.architecture} --weights {out}",

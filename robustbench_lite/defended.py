@@ -8,6 +8,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from robustbench_lite.history import History
 from robustbench_lite.kernels import ImageGradients
 from robustbench_lite.noise import Noise
 
@@ -30,6 +31,7 @@ class Defended(nn.Module):
     stochastic: bool = False
     draws: int = 16
     least: int = ROUND  # rows below which a batch is padded, see :func:`steady`
+    history: History = ()  # of its training
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

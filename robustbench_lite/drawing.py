@@ -44,6 +44,11 @@ def draw(results: Results, folder: Path, kind: str) -> Iterator[Path]:
                 with rc_context(STYLE):
                     figure(rows).savefig(path, format=kind, metadata=UNDATED.get(kind))
                 yield path
+        for dataset, rows in results.trainings().groupby("dataset", sort=False):
+            path = folder / _file("training", (dataset, "", 0), kind)
+            with rc_context(STYLE):
+                _training(rows).savefig(path, format=kind, metadata=UNDATED.get(kind))
+            yield path
         for key, rows in figures.security(entries).groupby(["dataset", "norm", "seed"], sort=False):
             path = folder / _file("curves", key, kind)
             curves.plot(rows, path, kind)
@@ -53,10 +58,10 @@ def draw(results: Results, folder: Path, kind: str) -> Iterator[Path]:
 
 
 def _file(name: str, block: Any, kind: str) -> str:
-    """Such as ``matrix-mnist-linf-8_255.svg``, of a block with or without an eps."""
+    """Such as ``matrix-mnist-linf-8_255.svg``, of a block with or without a norm and an eps."""
     dataset, norm, *eps, seed = block
     parts = [name, dataset, norm, *map(eps_text, eps), *[f"seed{seed}"] * bool(seed)]
-    return "-".join(re.sub(r"[^\w.]+", "_", part)[:60] for part in parts) + f".{kind}"
+    return "-".join(re.sub(r"[^\w.]+", "_", part)[:60] for part in parts if part) + f".{kind}"
 
 
 def _matrix(rows: pd.DataFrame) -> Figure:
@@ -117,6 +122,26 @@ def _queries(rows: pd.DataFrame) -> Figure:
     return _panels(rows, panel, xlabel="forward passes for an input", ylabel="success, %", ylim=(-2, 102))
 
 
+def _training(rows: pd.DataFrame) -> Figure:
+    """Two panels a model: accuracies on the left, the loss on the right."""
+    models = [model for _, model in rows.groupby("line", sort=False)]
+    figure, all_axes = _figure(2 * len(models), 3.2, 2.4, most=2)
+    for model, left, right in zip(models, all_axes[::2], all_axes[1::2]):
+        for k, kind in enumerate(("clean", "robust")):
+            accuracy = model[f"{kind}_accuracy"]
+            if accuracy.notna().any():
+                left.plot(model["epoch"], 100 * accuracy, label=kind, marker=MARKERS[k], markersize=3.5, **_look(k))
+        right.plot(model["epoch"], model["loss"], marker=MARKERS[0], markersize=3.5, **_look(0))
+        left.set(ylabel="accuracy, %", ylim=(-2, 102))
+        left.legend(frameon=False)
+        right.set(ylabel="training loss", ylim=(min(0, model["loss"].min()), None))
+        for axes in (left, right):
+            axes.set(title=_short(model["defense"].iloc[0]), xlabel="epoch")
+            axes.locator_params(axis="x", integer=True)
+            axes.grid(alpha=0.3, linewidth=0.5)
+    return figure
+
+
 def _look(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "linestyle": DASHES[k % len(DASHES)], "linewidth": 1.2}
 
@@ -136,11 +161,11 @@ def _panels(rows: pd.DataFrame, panel: Callable[[Axes, pd.DataFrame, int], None]
     return figure
 
 
-def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels of this size in inches, at most three beside each other."""
+def _figure(panels: int, width: float, height: float, most: int = 3) -> tuple[Figure, list[Axes]]:
+    """Panels of this size in inches, at most so many beside each other."""
     from matplotlib.figure import Figure
 
-    columns = min(3, panels)
+    columns = min(most, panels)
     rows = -(-panels // columns)
     figure = Figure(figsize=(width * columns, height * rows), dpi=300, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

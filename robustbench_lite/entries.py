@@ -28,6 +28,7 @@ from robustbench_lite.outcome import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from robustbench_lite.history import History
     from robustbench_lite.store import Cell
 
 
@@ -45,6 +46,7 @@ class Setting:
     adaptive: bool = True  # or the attack was blind to the last wrapper
     subject: str = ""  # tells apart models, and data, that go by one name
     cell: Cell | None = None  # where it is stored
+    history: History = ()  # of the training of the model
 
     kind: ClassVar[str]
 

@@ -12,6 +12,7 @@ import torch
 from robustbench_lite import curves
 from robustbench_lite.chance import wilson
 from robustbench_lite.entries import Entry, Proof, grouped, robust, unknown
+from robustbench_lite.history import Epoch
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import BROKEN, SKIPPED, WRONG
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ABOUT = ("dataset", "norm", "eps", "defense", "model", "adaptive", "seed")  # a leaderboard row, for those who read
 BARS = 20  # of a histogram
 POINTS = 20  # of a curve that one run gives whole
+TRAININGS = ("dataset", "defense", "model", *Epoch._fields)
 
 
 def cells(entries: Iterable[Entry], proofs: Sequence[Proof] = ()) -> pd.DataFrame:
@@ -113,6 +115,20 @@ def queries(entries: Iterable[Entry]) -> pd.DataFrame:
                 at = {"attack": entry.attack, "forwards": forwards, "broken": done, "success": done / tried}
                 table.append({**_about(line, entry), **at})
     return _frame(table)
+
+
+def trainings(found: Iterable[Entry | Proof]) -> pd.DataFrame:
+    """A row an epoch of each model whose training is known; ``line`` numbers the models, and the rest is
+    ``TRAININGS``."""
+    import pandas as pd
+
+    models = {(one.dataset, one.defense, one.model, one.subject): one.history for one in found if one.history}
+    table = [
+        (line, dataset, defense, model, *epoch)
+        for line, ((dataset, defense, model, _), history) in enumerate(models.items())
+        for epoch in history
+    ]
+    return pd.DataFrame(table, columns=["line", *TRAININGS]).astype({"robust_accuracy": float})
 
 
 def _steps(most: int) -> list[int]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from robustbench_lite import audit, comparison, curves, data, exports, leaderboard, report
+from robustbench_lite import audit, comparison, curves, data, exports, figures, leaderboard, report
 from robustbench_lite.claims import Claims
 from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
@@ -76,6 +76,10 @@ class Results:
     def curves(self) -> pd.DataFrame:
         """See :func:`robustbench_lite.curves.curves`."""
         return curves.curves(self.entries)
+
+    def trainings(self) -> pd.DataFrame:
+        """See :func:`robustbench_lite.figures.trainings`."""
+        return figures.trainings([*self.entries, *self.proofs])
 
     @cached_property
     def findings(self) -> list[audit.Finding]:
@@ -254,7 +258,7 @@ def benchmark(
         watcher.planned(len(wanted) * len(images))
         share = max(1, executor.size)
         runner = Runner(station, store, claims, executor, watcher, share, timeout, isolate, fresh, probing=probe)
-        return _in_order(runner.run(wanted))
+        return _in_order(runner.run(wanted), store)
 
 
 def prepare(
@@ -333,7 +337,7 @@ def load(out: str | Path, note: Callable[[str], None] = lambda text: None) -> Re
             entry = entry_of(cell, ThreatModel(NORMS[cell.identity["norm"]], eps), outcome)
             learned = store.learned(cell)
             entries.append(entry if learned is None else replace(entry, learned=learned.float().numpy()))
-    return _in_order([*entries, *proofs, *probes])
+    return _in_order([*entries, *proofs, *probes], store)
 
 
 def find_device(name: str) -> torch.device:
@@ -383,13 +387,15 @@ def write_html(parts: Sequence[report.Part], path: Path, data_dir: Path | None) 
         part.write_text(report.html(parts, data_dir), "utf-8", newline="\n")
 
 
-def _in_order(found: Sequence[Found]) -> Results:
-    """Results whose order does not depend on how they were asked for, or stored."""
+def _in_order(found: Sequence[Found], store: Store) -> Results:
+    """Results whose order does not depend on how they were asked for, or stored; with what the store knows of how
+    their models were trained."""
 
     def key(one: Setting) -> tuple[Any, ...]:
         dataset, norm, *block = one.block
         return dataset, list(NORMS).index(norm), *block, one.defense, one.model, one.subject, not one.adaptive
 
+    found = [one if one.cell is None else replace(one, history=store.history(one.cell)) for one in found]
     entries = [one for one in found if isinstance(one, Entry)]
     proofs = [one for one in found if isinstance(one, Proof)]
     probes = [one for one in found if isinstance(one, Probe)]

@@ -53,7 +53,7 @@ def plot(
     out: Annotated[Path, typer.Option("--out", help="A folder for the figures.")] = Path("figures"),
     kind: Annotated[str, typer.Option("--format", help="svg, pdf or png.")] = "svg",
 ) -> None:
-    """Draw the figures of a results folder for a paper: matrix, bounds, curves, distances, queries."""
+    """Draw the figures of a results folder for a paper: matrix, bounds, curves, distances, queries, training."""
     from robustbench_lite import drawing
     from robustbench_lite.curves import format_of
     from robustbench_lite.matrix import load

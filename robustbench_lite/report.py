@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from robustbench_lite.matrix import Results
 
 BLUES = ("f7fbff", "deebf7", "c6dbef", "9ecae1", "6baed6", "4292c6", "2171b5", "08519c", "08306b")  # ColorBrewer
+TINY = 1e-9  # a loss that is never above is not drawn
 
 Row = dict[str, Any]
 
@@ -53,6 +54,7 @@ class Part:
             "curves": figures.security(entries),
             "distances": figures.distances(entries),
             "queries": figures.queries(entries),
+            "training": self.results.trainings(),
             "certificates": self.results.certificates(),
             "audit": self.results.audit(),
         }
@@ -129,6 +131,7 @@ def html(parts: Sequence[Part], data_dir: Path | None = None) -> str:
         curves=[panel for part in parts for panel in _curves(part)],
         distances=[panel for part in parts for panel in _distances(part)],
         queries=[panel for part in parts for panel in _queries(part)],
+        trainings=[panel for part in parts for panel in _trainings(part)],
         gallery=shown,
         lacking=list(dict.fromkeys(one.lacking for _, attacks in shown for one in attacks if one.lacking)),
         patches=[
@@ -275,6 +278,28 @@ def _queries(part: Part) -> Iterator[Panel]:
         chart = Chart("forward passes for an input", "success, %", float(rows["forwards"].max()), log=True)
         _draw(chart, rows, ["forwards", "success"])
         yield Panel(part.about(records(rows.head(1))[0]), chart)
+
+
+def _trainings(part: Part) -> Iterator[Panel]:
+    """Accuracies over epochs, and the loss in a panel of its own, unless it goes below 0 or stays there."""
+    for rows in _lines(part.tables["training"]):
+        about = part.about(records(rows.head(1))[0] | {"adaptive": True})
+        last, highest = float(rows["epoch"].max()), float(rows["loss"].max())
+        accuracies = Chart("epoch", "accuracy, %", last, whole=True)
+        for kind in ("clean", "robust"):
+            if points := _points(rows, f"{kind}_accuracy"):
+                accuracies.add(kind, points)
+        yield Panel(about, accuracies)
+        if highest > TINY and rows["loss"].min() >= 0:
+            loss = Chart("epoch", "training loss", last, whole=True, height=highest)
+            loss.add("training loss", _points(rows, "loss"))
+            yield Panel(about, loss)
+
+
+def _points(rows: pd.DataFrame, column: str) -> list[Point]:
+    """Of the epochs in which there is a figure."""
+    known = rows[rows[column].notna()]
+    return [Point(*values) for values in known[["epoch", column]].to_numpy().tolist()]
 
 
 def _draw(chart: Chart, rows: pd.DataFrame, columns: list[str]) -> None:

@@ -164,6 +164,7 @@ class Runner:
         subject, plugin = self.station.subject(job.chain), job.plugin
         search = searches(cast(Certifier, plugin), self.station.radius) if job.proves else None
         cell = job.cell = cell_of(self.station, subject, plugin, job.threat, search, job.adaptive)
+        self.store.remember(cell, subject.history)
         if getattr(plugin, "minimises", False):
             self.store.ask(cell, job.threat.eps)
         learner = not job.proves and learns(cast(Attack, plugin))

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustbench_lite.history import History, parse, to_text
 from robustbench_lite.outcome import Certified, Outcome, Probed
 
 Chunk = Outcome | Certified | Probed
@@ -134,6 +135,24 @@ class Store:
                 chunk.unlink(missing_ok=True)
             _write(path, save({"learned": learned}, {"sha256": _hash(learned)}))
 
+    def history(self, cell: Cell) -> History:
+        """How the model of a cell was trained, if that is known."""
+        path = self._trained(cell)
+        try:
+            return parse(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return ()
+        except (OSError, ValueError) as error:
+            self.warn(f"{path} cannot be used, and there is no training curve ({error})")
+            return ()
+
+    def remember(self, cell: Cell, history: History) -> None:
+        """Keeps how the model of a cell was trained, once for all cells."""
+        if history and not self.history(cell):
+            path = self._trained(cell)
+            with _writing(path):
+                _write(path, to_text(history).encode())
+
     def ask(self, cell: Cell, eps: float) -> None:
         """Remembers that a cell whose key has no eps was asked about this one."""
         path = self.folder / "cells" / cell.key / f"eps={eps!r}"
@@ -163,6 +182,10 @@ class Store:
 
     def _learned(self, cell: Cell) -> Path:
         return self.folder / "cells" / cell.key / "learned.safetensors"
+
+    def _trained(self, cell: Cell) -> Path:
+        model = json.dumps(cell.identity["model"], sort_keys=True, separators=(",", ":"))
+        return self.folder / "trained" / f"{hashlib.sha256(model.encode()).hexdigest()}.json"
 
 
 def _hash(values: Tensor) -> str:

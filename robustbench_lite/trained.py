@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robustbench_lite import __version__, classifiers, data, downloads, models, registry, zoo
 from robustbench_lite.blackbox import Answers, BlackBox, Line, Server, Terms, is_address
 from robustbench_lite.defended import Access, Defended, computing
+from robustbench_lite.history import History, parse, to_text
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
 from robustbench_lite.training import Lab, Progress
@@ -35,6 +36,7 @@ class Subject:
     defense: str
     architecture: str
     identity: dict[str, Any]  # all that changes its answers
+    history: History = ()  # of the training of its weights
 
     @property
     def parameters(self) -> int:
@@ -150,6 +152,7 @@ class Workshop:
         links = self.links(chain)
         wrappers = links if self.own else links[1:]
         model = (self._guarded() if self.own else self._trained(links[0])).eval().to(self.device)
+        history = model.history
         for wrapper in wrappers:
             model = wrapper(model, self._lab(wrapper)).eval().to(self.device)
         identity = {
@@ -160,7 +163,7 @@ class Workshop:
             "wrappers": [_identity(wrapper) for wrapper in wrappers],
             **({} if self.terms is None else {"access": self.access, "classes": self.classes}),
         }
-        return Subject(model, self.spec(links), self.architecture, identity)
+        return Subject(model, self.spec(links), self.architecture, identity, history)
 
     def source(self, spec: str, asker: str) -> Subject:
         """The defended model, frozen, for a source such as ``madry:eps=0.3@mlp``: a chain, and after an ``@`` its
@@ -271,7 +274,17 @@ class Workshop:
     def _guarded(self) -> Defended:
         """The user's model behind nothing yet."""
         own = self._own()
-        return Defended(own) if self.terms is None else BlackBox(own, self.terms.access)
+        if self.terms is not None:
+            return BlackBox(own, self.terms.access)
+        return Defended(own) if self.weights is None else self._with_history(Defended(own), self.weights)
+
+    def _with_history(self, defended: Defended, weights: Path) -> Defended:
+        """The same, with the history of its training if that came with its weights."""
+        try:
+            defended.history = history_of(weights)
+        except ValueError as error:
+            self.note(f"{weights} has a history of its training that cannot be used: {error}")
+        return defended
 
     def _own(self) -> nn.Module:
         """The user's model, with its weights and from [0, 1] to logits."""
@@ -310,17 +323,17 @@ class Workshop:
             if (entry.dataset, entry.model, shipped) == (self.dataset, self.architecture, wanted):
                 model = models.build(entry.model, self.shape, self.classes)
                 model.load_state_dict(zoo.load(entry))
-                return Defended(model)
+                return self._with_history(Defended(model), zoo.FOLDER / entry.file)
         file = self._cached(recipe, 0, "safetensors")
         if file.exists():
             model = models.build(self.architecture, self.shape, self.classes)
             fill(model, file)
-            return Defended(model)
+            return self._with_history(Defended(model), file)
         if not self.trains:
             raise Untrained(f"{self._called(recipe)} is trained first")
         self.note(f"{self._called(recipe)} on {self.dataset} does not ship: training it once, into {file}")
         defended = self.train(recipe)
-        save(defended.model, file)
+        save(defended.model, file, history=defended.history)
         return defended
 
     @cached_property
@@ -410,14 +423,29 @@ def fill(model: nn.Module, path: Path) -> None:
         raise ValueError(f"{path} does not fit the model: {one_line(error, named=False)[:200]}") from error
 
 
-def save(model: nn.Module, path: Path, half: bool = False) -> str:
-    """Writes a model's weights as safetensors, in half precision if asked; returns the file's SHA-256."""
+def history_of(path: Path) -> History:
+    """The history that :func:`save` wrote beside the weights of a file; empty where there is none.
+
+    Raises:
+        ValueError: for one that is malformed.
+    """
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return ()
+    with safe_open(path, "pt") as file:
+        return parse((file.metadata() or {}).get("history", "[]"))
+
+
+def save(model: nn.Module, path: Path, half: bool = False, history: History = ()) -> str:
+    """Writes a model's weights as safetensors, in half precision if asked, and the history of its training, if there is
+    one, as metadata; returns the file's SHA-256."""
     from safetensors.torch import save as to_bytes
 
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if half:
         state = _cast(state, torch.float16)
-    content = to_bytes(state, {"version": __version__})
+    content = to_bytes(state, {"version": __version__, **({"history": to_text(history)} if history else {})})
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
     os.replace(part, path)

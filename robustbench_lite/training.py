@@ -17,6 +17,7 @@ from robustbench_lite import registry
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.data import SOURCES, Images
 from robustbench_lite.defended import Defended, Sources
+from robustbench_lite.history import Epoch, History
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel, find_norm
 
@@ -100,8 +101,10 @@ class Recipe(ABC):
             raise ValueError(f"shift and patience must be 0 or more, not {self.shift} and {self.patience}")
 
     def __call__(self, model: nn.Module, lab: Lab) -> Defended:
-        fit(self, model, lab)
-        return Defended(model).eval()
+        history = fit(self, model, lab)
+        defended = Defended(model).eval()
+        defended.history = history
+        return defended
 
     @abstractmethod
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
@@ -180,6 +183,7 @@ class _State:
     best: Measured | None = None
     best_epoch: int = 0
     weights: dict[str, Tensor] | None = None  # of the best epoch
+    history: History = ()
 
     def note(self, measured: Measured, model: nn.Module) -> None:
         if self.best is None or measured > self.best:
@@ -187,8 +191,8 @@ class _State:
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def fit(recipe: Recipe, model: nn.Module, lab: Lab) -> None:
-    """Trains ``model`` by ``recipe``, and leaves it in eval mode.
+def fit(recipe: Recipe, model: nn.Module, lab: Lab) -> History:
+    """Trains ``model`` by ``recipe``, and leaves it in eval mode; returns how it went.
 
     After every epoch the state goes to ``lab.checkpoint``, from where a training that was killed goes on.
 
@@ -228,13 +232,16 @@ def fit(recipe: Recipe, model: nn.Module, lab: Lab) -> None:
             if step + 1 == count:
                 state.epoch, state.measured = epoch + 1, _measure(recipe, model, lab, watched)
             lab.report(Progress(epoch, recipe.epochs, step + 1, count, total / seen, right / seen, state.measured))
+        assert state.measured is not None
+        robust, clean = state.measured
+        state.history += (Epoch(state.epoch, total / seen, right / seen, clean, robust),)
         if recipe.patience:
-            assert state.measured is not None
             state.note(state.measured, model)
         _save(recipe, model, optimiser, lab, state)
     if state.weights is not None:
         model.load_state_dict(state.weights)
     model.eval()
+    return state.history
 
 
 def shifted(x: Tensor, noise: Noise, most: int) -> Tensor:
@@ -300,7 +307,7 @@ def _save(recipe: Recipe, model: nn.Module, optimiser: torch.optim.Optimizer, la
         part = lab.checkpoint.with_name(lab.checkpoint.name + ".part")
         kept = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "of": _made_of(recipe, lab)}
         plain = {"measured": state.measured and tuple(state.measured), "best": state.best and tuple(state.best)}
-        torch.save({**kept, **vars(state), **plain}, part)
+        torch.save({**kept, **vars(state), **plain, "history": [*map(tuple, state.history)]}, part)
         os.replace(part, lab.checkpoint)
 
 
@@ -314,4 +321,5 @@ def _resume(recipe: Recipe, model: nn.Module, optimiser: torch.optim.Optimizer, 
     model.load_state_dict(kept["model"])
     optimiser.load_state_dict(kept["optimiser"])
     measured, best = (kept[name] and Measured(*kept[name]) for name in ("measured", "best"))
-    return _State(kept["epoch"], measured, best, kept["best_epoch"], kept["weights"])
+    history = tuple(Epoch(*epoch) for epoch in kept.get("history", ()))  # which older checkpoints have not
+    return _State(kept["epoch"], measured, best, kept["best_epoch"], kept["weights"], history)

@@ -61,6 +61,7 @@ LAYERS = [
         "specs",
         "data",
         "downloads",
+        "history",
         "models",
         "classifiers",
         "folders",

@@ -2,21 +2,26 @@
 
 import base64
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from robustbench_lite import charts, figures, gallery, report
 from robustbench_lite.chance import wilson
 from robustbench_lite.entries import Entry, Proof
+from robustbench_lite.history import Epoch
 from robustbench_lite.matrix import Results
 from robustbench_lite.store import Cell
 from tests.outcomes import made, proved
@@ -99,6 +104,14 @@ def test_ticks_lie_within_the_axis_and_are_round():
         assert charts.LEFT <= max(place for place, _ in charts.Chart("", "", top).ticks) <= charts.RIGHT
 
 
+def test_epochs_are_whole_and_a_loss_has_an_axis_of_its_own():
+    for top, labels in ((1, "0 1"), (2, "0 1 2"), (7, "0 2 4 6"), (12, "0 5 10"), (24, "0 5 10 15 20")):
+        assert " ".join(label for _, label in charts.Chart("", "", top, whole=True).ticks) == labels
+    chart = charts.Chart("epoch", "loss", 2, whole=True, height=2.3)
+    assert [label for _, label in chart.levels] == ["0", "0.5", "1", "1.5", "2"]
+    assert (chart.y(0), chart.y(2.3)) == (charts.BOTTOM, charts.TOP)
+
+
 # The page
 
 
@@ -179,7 +192,12 @@ def test_every_figure_can_be_downloaded():
 
 
 def test_hostile_names_are_text():
-    text = page(*[entry("hb", spec, name, dataset=f"npz:{name}", model=name, cell=cell()) for name, spec in HOSTILE])
+    text = page(
+        *[
+            entry("hb", spec, name, dataset=f"npz:{name}", model=name, cell=cell(), history=HISTORY)
+            for name, spec in HOSTILE
+        ]
+    )
     assert text.count("<script") == 1
     assert text.count("</script") == 1
     assert "<img src=x" not in text
@@ -241,6 +259,65 @@ def test_plot_writes_the_same_figures_each_time(stored, bench):
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
     assert "pgd:steps=3" in Path("one/matrix-digits-linf-8_255-seed3.svg").read_text()
     assert "a plot is written as" in bench("plot runs --format doc").err
+
+
+# Training curves
+
+HISTORY = (Epoch(1, 2.0, 0.25, 0.5, 0.125), Epoch(2, 1.0, 0.5, 0.75, 0.25), Epoch(4, 0.5, 0.75, 1.0, 0.5))
+
+
+def test_a_model_that_was_trained_has_its_curves_once_whatever_was_run():
+    known = [entry("hb", eps=eps, attack=name, history=HISTORY) for eps in (0.1, 0.2) for name in ("fgsm", "pgd")]
+    other = entry("hb", defense="gaussian", history=(Epoch(1, 1.0, 0.5, 0.5, None),), subject="other")
+    frame = figures.trainings([*known, other, entry("hb", defense="standard"), proof()])
+    assert list(frame.columns) == ["line", *figures.TRAININGS]
+    assert frame["defense"].tolist() == ["madry"] * 3 + ["gaussian"]
+    assert frame["line"].tolist() == [0, 0, 0, 1]
+    assert [tuple(row) for row in frame[list(Epoch._fields)].to_numpy()[:3]] == list(HISTORY)
+    assert np.isnan(frame["robust_accuracy"].iloc[3])
+
+
+def test_training_curves_go_through_the_figures():
+    text = page(entry("hb", history=HISTORY))
+    section = re.search('<section id="training".*?</section>', text, re.DOTALL)[0]
+    titles, lines = (re.findall(what, section) for what in ("<title>(.*?)</title>", 'class="line" d="([^"]*)"'))
+    assert titles == ["accuracy, % by epoch: madry", "training loss by epoch: madry"]
+    x = [charts.LEFT + (charts.RIGHT - charts.LEFT) * epoch / 4 for epoch in (1, 2, 4)]
+    curves = [line for line in lines if line != "M0,5H34"]  # which is in a legend
+    for path, heights in zip(curves, ((0.5, 0.75, 1), (0.125, 0.25, 0.5), (1, 0.5, 0.25)), strict=True):
+        y = [charts.BOTTOM - (charts.BOTTOM - charts.TOP) * height for height in heights]
+        assert path == "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+
+
+def test_a_training_without_a_curve_to_draw_is_in_the_table():
+    text = page(entry("hb", history=(Epoch(1, -1.0, 0.5, 0.5, None), Epoch(2, 5e-324, 0.5, 0.5, None))))
+    assert re.findall("<title>(.*by epoch.*)</title>", text) == ["accuracy, % by epoch: madry"]
+    assert 'download="training.csv"' in text
+    assert 'id="training"' not in usual()
+
+
+def test_a_page_tells_what_training_left_with_the_weights(place, bench):
+    line = "--attack fgsm --defense standard:epochs=2 --model mlp --dataset digits --n 20 --no-audit"
+    assert bench(f"{line} --html page.html").code == 0
+    [weights] = Path("cache").rglob("*.safetensors")
+    with safe_open(weights, "pt") as file:
+        kept = json.loads(file.metadata()["history"])
+    text = Path("page.html").read_text()
+    [table] = re.findall(r'base64,([^"]*)" download="training.csv"', text)
+    frame = pd.read_csv(io.BytesIO(base64.b64decode(table)))
+    assert frame[list(Epoch._fields)].to_dict("records") == kept
+    assert frame["epoch"].tolist() == [1, 2]
+    assert 0 < frame["robust_accuracy"].iloc[1] < frame["clean_accuracy"].iloc[1]
+    assert bench("leaderboard runs --html again.html").code == 0
+    assert Path("again.html").read_text() == text
+    written = bench("plot runs --out figures").out.split()
+    assert str(Path("figures/training-digits.svg")) in written
+    assert "training loss" in Path("figures/training-digits.svg").read_text()
+    [file] = Path("runs/trained").iterdir()
+    file.write_text('[{"epoch": "<script>alert(1)</script>"}]')
+    ran = bench("leaderboard runs --html third.html")
+    assert (ran.code, ran.err.count("note: ")) == (0, 1)
+    assert 'id="training"' not in Path("third.html").read_text()
 
 
 # In a browser
@@ -366,7 +443,10 @@ def test_an_interval_shows_where_one_points_and_where_the_focus_is(opened):
 
 
 def test_hostile_names_do_nothing_in_a_browser(opened):
-    entries = [entry("hb", spec, name, dataset=f"npz:{name}", model=name, cell=cell()) for name, spec in HOSTILE]
+    entries = [
+        entry("hb", spec, name, dataset=f"npz:{name}", model=name, cell=cell(), history=HISTORY)
+        for name, spec in HOSTILE
+    ]
     tab = opened(page(*entries), 390)
     assert shown(tab, DEFENSES)[0] == SCRIPT
     tab.evaluate(OPEN)
@@ -375,7 +455,8 @@ def test_hostile_names_do_nothing_in_a_browser(opened):
 
 def test_nothing_is_in_the_way_of_those_who_see_little(opened):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    tab = opened(page(*board()[:4], board()[-1], proofs=(proof(),)), 390)
+    trained = replace(board()[3], history=HISTORY)
+    tab = opened(page(*board()[:3], trained, board()[-1], proofs=(proof(),)), 390)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
     tab.evaluate(OPEN)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390

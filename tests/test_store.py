@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from robustbench_lite import store as module
+from robustbench_lite.history import Epoch
 from robustbench_lite.outcome import Certified, Outcome
 from robustbench_lite.store import Cell, Store
 from tests.outcomes import assert_same, assert_same_types, made, proved
@@ -190,15 +191,16 @@ def test_a_crash_leaves_the_chunk_that_was_there(store: Store, chunk: Path, monk
     assert chunk.read_bytes() == before
 
 
-@pytest.mark.parametrize("step", ["savez_compressed", "replace", "cell.json", "ask"])
+@pytest.mark.parametrize("step", ["savez_compressed", "replace", "cell.json", "ask", "history"])
 def test_a_full_disk_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch, step: str):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     where = {"savez_compressed": (module.np, step), "replace": (module.os, step)}
     monkeypatch.setattr(*where.get(step, (Path, "touch" if step == "ask" else "write_bytes")), full)
+    writes = {"ask": lambda: store.ask(CELL, 0.3), "history": lambda: store.remember(CELL, HISTORY)}
     with pytest.raises(ValueError) as error:
-        store.ask(CELL, 0.3) if step == "ask" else store.save(CELL, OUTCOME)
+        writes.get(step, lambda: store.save(CELL, OUTCOME))()
     one_line(error, "cannot write", str(store.folder), "No space left on device", "finished before is kept")
 
 
@@ -222,6 +224,37 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_preparing_leaves_no_trace(store: Store):
     assert list(store.folder.iterdir()) == []
+
+
+# How models were trained
+
+HISTORY = (Epoch(1, 0.5, 0.25, 0.75, None), Epoch(2, 0.25, 0.5, 1.0, 0.125))
+
+
+def test_how_a_model_was_trained_is_kept_once_and_known_to_each_of_its_cells(store: Store):
+    store.remember(CELL, ())
+    assert list(store.folder.iterdir()) == []
+    store.remember(CELL, HISTORY)
+    (file,) = store.folder.rglob("*.json")
+    before = file.stat()
+    for cell in (CELL, Cell({**IDENTITY, "norm": "l2", "seed": 7}, {})):
+        assert store.history(cell) == HISTORY
+        store.remember(cell, HISTORY[:1])
+    assert (file.stat().st_mtime_ns, file.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert store.history(Cell({**IDENTITY, "model": {**IDENTITY["model"], "weights": "abd"}}, {})) == ()
+
+
+@pytest.mark.parametrize("content", [b"<script>alert(1)</script>", b"[{]", b"\xff", b'[{"epoch": NaN}]'], ids=range(4))
+def test_a_damaged_history_is_none_and_is_written_again(store: Store, notes: list[str], content: bytes):
+    store.remember(CELL, HISTORY)
+    (file,) = store.folder.rglob("*.json")
+    file.write_bytes(content)
+    assert store.history(CELL) == store.history(CELL) == ()
+    (note,) = notes
+    assert note.startswith(f"{file} cannot be used")
+    assert "\n" not in note
+    store.remember(CELL, HISTORY)
+    assert store.history(CELL) == HISTORY
 
 
 # What cannot be trusted

@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from robustbench_lite import classifiers, data, models, registry, trained, training, zoo
 from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
+from robustbench_lite.history import Epoch, parse
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import HELD, VERIFIED, WRONG
 from robustbench_lite.registry import defense, make
@@ -180,6 +183,47 @@ def test_a_second_subject_is_read_and_not_trained(shop: Shop, cache: Path):
     assert first.identity == second.identity
     assert not first.model.training
     assert not second.model.training
+
+
+# Histories
+
+
+def test_the_history_travels_with_the_weights(shop: Shop, halving: type, cache: Path):
+    subject = shop().subject(RECIPE)
+    assert [epoch.epoch for epoch in subject.history] == [1, 2, 3]
+    assert shop().subject(RECIPE).history == subject.history  # from the cache
+    assert shop().subject(f"{RECIPE}+halving").history == subject.history
+    (file,) = cache.rglob("*.safetensors")
+    with safe_open(file, "pt") as kept:
+        assert parse(kept.metadata()["history"]) == subject.history
+    assert shop(weights=file).subject("none").history == subject.history
+    assert Workshop("mnist", (1, 28, 28), 10).subject("standard").history == ()  # ships without
+
+
+def test_weights_do_not_depend_on_their_history(net: nn.Module, shop: Shop, tmp_path: Path):
+    path, other = tmp_path / "with.safetensors", tmp_path / "without.safetensors"
+    save(net, path, history=(Epoch(1, 0.5, 0.5, 0.5, None),))
+    save(net, other)
+    one, two = (shop(weights=file).subject("none") for file in (path, other))
+    assert one.identity == two.identity
+    assert (len(one.history), two.history) == (1, ())
+
+
+@pytest.mark.parametrize(
+    "text", ["<script>alert(1)</script>", '[{"epoch": NaN}]', "[" * 10**6], ids=["script", "nan", "huge"]
+)
+def test_a_history_that_is_malformed_is_none_and_is_said_in_a_line(
+    shop: Shop, net: nn.Module, tmp_path: Path, text: str
+):
+    file = tmp_path / "weights.safetensors"
+    save_file(net.state_dict(), file, {"history": text})
+    subject = shop(weights=file).subject("none")
+    assert subject.history == ()
+    assert same(subject.model.model, net)
+    (note,) = shop.notes
+    assert note.startswith(f"{file} has a history of its training that cannot be used: ")
+    assert "\n" not in note
+    assert len(note) < len(str(file)) + 200
 
 
 @pytest.mark.parametrize("other", [{"chain": "standard:epochs=2"}, {"model": "cnn"}], ids=["recipe", "model"])

@@ -14,6 +14,7 @@ from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.data import Images, load
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
+from robustbench_lite.history import Epoch, History
 from robustbench_lite.models import build
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import l2, linf
@@ -232,6 +233,43 @@ def test_a_finished_training_is_not_begun_again(lab: Lab, tmp_path: Path):
     model = trained(replace(lab, checkpoint=tmp_path / "checkpoint"))
     killed_at_once = replace(lab, checkpoint=tmp_path / "checkpoint", report=lambda _: pytest.fail("trained again"))
     assert_same(trained(killed_at_once, seed=1), model)
+
+
+# the history
+
+
+def history(lab: Lab, seed: int = 0) -> History:
+    return Told()(net(seed), lab).history
+
+
+def test_the_history_is_what_was_reported_at_the_end_of_each_epoch(lab: Lab):
+    seen: list[Progress] = []
+    told = history(replace(lab, images=lambda: replace(separable(), name="digits"), report=seen.append))
+    ends = [progress for progress in seen if progress.step == progress.steps]
+    assert [epoch.epoch for epoch in told] == [1, 2, 3]
+    assert [epoch[1:3] for epoch in told] == [(end.loss, end.accuracy) for end in ends]
+    assert [(epoch.robust_accuracy, epoch.clean_accuracy) for epoch in told] == [end.measured for end in ends]
+    assert {type(epoch.robust_accuracy) for epoch in told} == {float}
+    assert {epoch.robust_accuracy for epoch in history(lab)} == {None}  # for nothing says at which eps
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 3), (1, 1), (2, 5)])
+def test_the_history_of_a_training_that_was_killed_is_that_of_an_unbroken_one(lab, tmp_path, epoch, step):
+    killed(lab, tmp_path / "checkpoint", epoch, step)
+    resumed = history(replace(lab, checkpoint=tmp_path / "checkpoint"), seed=1 if epoch else 0)
+    assert resumed == history(lab)
+    assert {type(one) for one in resumed} == {Epoch}
+
+
+def test_a_checkpoint_from_before_there_were_histories_goes_on_with_one_from_there(lab: Lab, tmp_path: Path):
+    checkpoint = tmp_path / "checkpoint"
+    killed(lab, checkpoint, 1, 2)
+    kept = torch.load(checkpoint, weights_only=True)
+    del kept["history"]
+    torch.save(kept, checkpoint)
+    model = net(1)
+    assert Told()(model, replace(lab, checkpoint=checkpoint)).history == history(lab)[1:]
+    assert_same(model, trained(lab))
 
 
 # early stopping
