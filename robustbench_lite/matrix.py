@@ -27,8 +27,8 @@ from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
 from robustbench_lite.pool import Pool
 from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
-from robustbench_lite.store import Chunk, Store
-from robustbench_lite.tasks import Executor, Here, Station, Task
+from robustbench_lite.store import Store
+from robustbench_lite.tasks import Answer, Executor, Here, Station, Task
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import AS_IS, Inputs, Workshop
 
@@ -307,10 +307,10 @@ def _executor(station: Station, processes: int, workers: int, ray: str | None) -
     """Who computes: this process, or as many others, or so many ``workers`` of a cluster (0: all it has room for)."""
     if ray is not None:
         gpu = station.workshop.device.type == "cuda"
-        with Cluster[Task, Chunk](station.packed(), ray, workers, station.threads, gpu) as cluster:
+        with Cluster[Task, Answer](station.packed(), ray, workers, station.threads, gpu) as cluster:
             yield cluster
     elif processes:
-        with Pool[Task, Chunk](station.packed(), processes) as pool:
+        with Pool[Task, Answer](station.packed(), processes) as pool:
             yield pool
     else:
         yield Here(station)

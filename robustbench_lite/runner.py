@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,15 +21,16 @@ from robustbench_lite.entries import Entry, Found, Probe, Proof
 from robustbench_lite.evaluation import frozen
 from robustbench_lite.outcome import CHUNK, UNSUPPORTED, Certified, Outcome, Probed, Unfinished
 from robustbench_lite.planning import Plan
-from robustbench_lite.plugins import Attack, Certifier, Crafted, Learner, crafted, learns
+from robustbench_lite.plugins import Attack, Certifier, Crafted, crafted, learns
 from robustbench_lite.pool import Lost
 from robustbench_lite.store import Cell, Chunk, Store
-from robustbench_lite.tasks import Executor, GivenUp, Span, Station, Task
+from robustbench_lite.tasks import Answer, Executor, GivenUp, Span, Station, Task
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject
 from robustbench_lite.training import Progress
 
 BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
+LESSON: Span = (0, 0)  # stands for what an attack learns first
 POLL = 1.0  # seconds after which it is looked again for what another run computes
 
 
@@ -65,6 +67,7 @@ class Job:
     learned: Tensor | None = None
     done: list[Chunk] = field(default_factory=list)
     missing: list[Span] = field(default_factory=list)
+    untaught: bool = False  # its attack is to learn first
     lost: dict[Span, int] = field(default_factory=dict)  # how often a chunk had no answer
     given_up: dict[Span, str] = field(default_factory=dict)  # chunks for which it is not asked again, and why
     found: Entry | Proof | None = None
@@ -127,12 +130,17 @@ class Runner:
         for job in jobs:
             if job.cell is None:
                 self._open(job)
+            if job.untaught:
+                yield self._lesson(job)
+                continue
             piece: list[Span] = []
             for span in [*job.missing]:
-                if span in job.lost:
-                    why = job.given_up.get(span)
+                if span not in job.lost and not self._mine(job, span):
+                    continue
+                why = job.given_up.get(span)
+                if span in job.lost or why is not None:
                     yield self._task(job, [span], None if why is None else GivenUp(why))
-                elif self._mine(job, span):
+                else:
                     piece.append(span)
                     if len(piece) == self._stride(job):
                         yield self._task(job, piece)
@@ -159,8 +167,14 @@ class Runner:
             group=job.number if self.isolate else 0,
         )
 
+    def _lesson(self, job: Job) -> Task:
+        """May take as long as all inputs of the cell."""
+        self.watcher.note(f"attack {registry.spec(job.plugin)} learns from training images under {job.threat}")
+        task = self._task(job, job.missing)
+        return replace(task, spans=[])
+
     def _open(self, job: Job) -> None:
-        """Finds out what there is of a cell; what it needs to learn is learned now."""
+        """Finds out what there is of a cell."""
         subject, plugin = self.station.subject(job.chain), job.plugin
         search = searches(cast(Certifier, plugin), self.station.radius) if job.proves else None
         cell = job.cell = cell_of(self.station, subject, plugin, job.threat, search, job.adaptive)
@@ -176,9 +190,8 @@ class Runner:
                 job.missing.append(span)
             else:
                 job.done.append(stored)
-        if learner and job.missing:
-            if job.learned is None:
-                job.learned = self._learned(job, subject)
+        job.untaught = learner and job.learned is None
+        if job.learned is not None:
             job.plugin = replace(cast(Any, plugin), learned=job.learned)
         self._advance(job, sum(map(len, job.done)))
 
@@ -205,17 +218,14 @@ class Runner:
         stored = self.store.load(cell, *span, self.station.keep_all) if ours or not self.fresh else None
         return stored if isinstance(stored, cell.kind) and (ours or not stored.unfinished) else None
 
-    def _learned(self, job: Job, subject: Subject) -> Tensor:
+    def _teach(self, job: Job, learned: Tensor) -> None:
         """Kept as soon as it is learned; of two runs at once, what the first has kept counts for both."""
-        cell, training = cast(Cell, job.cell), self.station.workshop.training
-        bench = self.station.bench(subject, job.plugin, job.threat, job.adaptive)
-        self.watcher.note(f"attack {registry.spec(job.plugin)} learns from training images under {job.threat}")
-        with frozen(subject.model):
-            learned = cast(Tensor, bench.fit(cast(Learner, job.plugin), training.x, training.y).learned)
+        cell = cast(Cell, job.cell)
         kept = None if self.fresh else self.store.learned(cell)
         if kept is None:
             self.store.learn(cell, learned)
-        return learned.cpu() if kept is None else kept
+        job.learned, job.untaught = learned if kept is None else kept, False
+        job.plugin = replace(cast(Any, job.plugin), learned=job.learned)
 
     def _mine(self, job: Job, span: Span) -> bool:
         """Whether a chunk is this run's to compute: no other run does, or has done since."""
@@ -228,28 +238,34 @@ class Runner:
             self._advance(job, len(stored))
         return stored is None
 
-    def _take(self, job: Job, task: Task, found: Chunk | Lost) -> None:
-        """Stores what was computed, chunk by chunk."""
+    def _take(self, job: Job, task: Task, found: Answer) -> None:
+        """Keeps what was learned, or stores what was computed, chunk by chunk."""
         if isinstance(found, Lost):
             self._lose(job, task, found)
-            return
-        for span in task.spans:
-            chunk = found.part(*span)
-            self.store.save(cast(Cell, job.cell), chunk)
-            self.made.add(self.store.path(cast(Cell, job.cell), *span))
-            self._done(job, span, chunk)
-        self._advance(job, len(found))
+        elif isinstance(found, np.ndarray):
+            self._teach(job, torch.from_numpy(found))
+        else:
+            for span in task.spans:
+                chunk = found.part(*span)
+                self.store.save(cast(Cell, job.cell), chunk)
+                self.made.add(self.store.path(cast(Cell, job.cell), *span))
+                self._done(job, span, chunk)
+            self._advance(job, len(found))
 
     def _lose(self, job: Job, task: Task, lost: Lost) -> None:
-        """Chunks computed together are tried again one by one; one whose process died is tried a second time."""
+        """Chunks computed together are tried again one by one; one whose process died is tried a second time. Without
+        what its attack was to learn a cell is given up."""
         if isinstance(task.plugin, GivenUp):
             raise ValueError(f"{job}: without an attack, too, there is {lost.why}")
-        for span in task.spans:
+        for span in task.spans or [LESSON]:
             job.lost[span] = job.lost.get(span, 0) + 1
-            if len(task.spans) == 1 and (lost.stopped or job.lost[span] > 1):
+            if len(task.spans) <= 1 and (lost.stopped or job.lost[span] > 1):
                 job.given_up[span] = lost.why
-        end = "left unknown" if task.spans[0] in job.given_up else "tried again"
-        self.watcher.note(f"{job}, inputs {task.spans[0][0]} to {task.spans[-1][1] - 1}: {lost.why}; {end}")
+        what = f"inputs {task.spans[0][0]} to {task.spans[-1][1] - 1}" if task.spans else "learning"
+        end = "left unknown" if (task.spans or [LESSON])[0] in job.given_up else "tried again"
+        self.watcher.note(f"{job}, {what}: {lost.why}; {end}")
+        if LESSON in job.given_up:
+            job.untaught, job.given_up = False, dict.fromkeys(job.missing, f"learning: {lost.why}")
 
     def _done(self, job: Job, span: Span, chunk: Chunk) -> None:
         job.done.append(chunk)

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -99,14 +99,12 @@ class Store:
     def save(self, cell: Cell, chunk: Chunk) -> None:
         """Writes a chunk under its final name in one step."""
         path = self.path(cell, int(chunk.row[0]), int(chunk.row[-1]) + 1)
-        with _writing(path):
-            about = path.parent / "cell.json"
-            if not about.exists():
-                _write(about, json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
-            part = _part(path)
-            with part.open("wb") as file:
-                np.savez_compressed(file, **cast(Any, {_ROWS: _table(chunk), "images": chunk.images}))
-            os.replace(part, path)
+        about = path.parent / "cell.json"
+        if not about.exists():
+            with _writing(about) as part:
+                part.write_bytes(json.dumps({"identity": cell.identity, "about": cell.about}, indent=1).encode())
+        with _writing(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **cast(Any, {_ROWS: _table(chunk), "images": chunk.images}))
 
     def learned(self, cell: Cell) -> Tensor | None:
         """What the attack of a cell has learned, if it is there and sound."""
@@ -130,10 +128,10 @@ class Store:
         from safetensors.torch import save
 
         path, learned = self._learned(cell), learned.cpu().contiguous()
-        with _writing(path):
+        with _writing(path) as part:
             for chunk in path.parent.glob("*.npz"):
                 chunk.unlink(missing_ok=True)
-            _write(path, save({"learned": learned}, {"sha256": _hash(learned)}))
+            part.write_bytes(save({"learned": learned}, {"sha256": _hash(learned)}))
 
     def history(self, cell: Cell) -> History:
         """How the model of a cell was trained, if that is known."""
@@ -149,15 +147,14 @@ class Store:
     def remember(self, cell: Cell, history: History) -> None:
         """Keeps how the model of a cell was trained, once for all cells."""
         if history and not self.history(cell):
-            path = self._trained(cell)
-            with _writing(path):
-                _write(path, to_text(history).encode())
+            with _writing(self._trained(cell)) as part:
+                part.write_bytes(to_text(history).encode())
 
     def ask(self, cell: Cell, eps: float) -> None:
         """Remembers that a cell whose key has no eps was asked about this one."""
         path = self.folder / "cells" / cell.key / f"eps={eps!r}"
-        with _writing(path):
-            path.touch()
+        with _writing(path) as part:
+            part.touch()
 
     def asked(self, cell: Cell) -> set[float]:
         """Every eps that a cell whose key has none was asked about."""
@@ -202,24 +199,18 @@ def _disjoint(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Makes the folder of a file that is about to be written."""
+def _writing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
+    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield
+        yield part
+        os.replace(part, path)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
-
-
-def _part(path: Path) -> Path:
-    """What a file is called until it is whole; by which process, and of which machine."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = _part(path)
-    part.write_bytes(content)
-    os.replace(part, path)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def _table(chunk: Chunk) -> NDArray[np.void]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from robustbench_lite import data, registry
@@ -18,19 +19,22 @@ from robustbench_lite.defended import Defended, Precision, known_precision
 from robustbench_lite.evaluation import Bench, Target, check, checked, frozen
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import Outcome, Unfinished
-from robustbench_lite.plugins import Attack, Certifier, Plugin
+from robustbench_lite.plugins import Attack, Certifier, Learner, Plugin
 from robustbench_lite.pool import Lost, packed
 from robustbench_lite.problem import Access
 from robustbench_lite.store import Chunk
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject, Workshop
+from robustbench_lite.wording import one_line
 
 Span = tuple[int, int]  # of rows: from, and up to
+Answer = Chunk | NDArray[Any] | Lost  # an array is what was learned
 
 
 @dataclass(frozen=True)
 class Task:
-    """Chunks of the cell of that number, computed at once: by an attack, or by a certifier that ``proves``."""
+    """Chunks of the cell of that number, computed at once: by an attack, or by a certifier that ``proves``. Without
+    chunks it is a lesson: what the attack learns from training images."""
 
     cell: int
     chain: str
@@ -51,7 +55,7 @@ class Executor(Protocol):
     def size(self) -> int:
         """How many at once; 0 where that is not known."""
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]: ...
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer]]: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Station:
         if self.eot is not None and self.eot < 1:
             raise ValueError(f"eot must be 1 or more, not {self.eot}")
 
-    def __call__(self, task: Task) -> Callable[[], Chunk]:
+    def __call__(self, task: Task) -> Callable[[], Answer]:
         """Sets a task up; what is returned computes it.
 
         Raises:
@@ -88,10 +92,12 @@ class Station:
             made = self.bench(subject, task.plugin, task.threat, task.adaptive)
             self.kept["bench"] = {task.cell: made}
         bench = cast(Bench, self.kept["bench"][task.cell])
+        if not task.spans:
+            return partial(self._learn, subject, bench, cast(Learner, task.plugin), self.workshop.training)
         rows = torch.cat([torch.arange(*span) for span in task.spans])
         batch = self.images.x[rows], self.images.y[rows], rows
 
-        def compute() -> Chunk:
+        def compute() -> Answer:
             with frozen(subject.model):
                 if task.proves:
                     certifier = cast(Certifier, task.plugin)
@@ -99,6 +105,13 @@ class Station:
                 return Outcome.join(bench.run(cast(Attack, task.plugin), *batch))
 
         return compute
+
+    def _learn(self, subject: Subject, bench: Bench, attack: Learner, training: data.Images) -> Answer | Lost:
+        with frozen(subject.model):
+            try:
+                return cast(Tensor, bench.fit(attack, training.x, training.y).learned).cpu().numpy()
+            except Exception as error:  # whatever a plugin raises costs its own cell only
+                return Lost(f"it learned nothing: {one_line(error)}", stopped=True)
 
     def subject(self, chain: str) -> Subject:
         if chain not in self.kept.get("subject", ()):
@@ -163,7 +176,7 @@ class Here:
     station: Station
     size: int = 1
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Chunk | Lost]]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Answer]]:
         for task in tasks:
             yield task, self.station(task)()
 

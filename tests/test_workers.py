@@ -30,7 +30,8 @@ TABLES = ("leaderboard", "matrix", "rows", "certificates", "certified_rows")
 
 PLUGINS = '''
 import os, time
-from dataclasses import dataclass
+import torch
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from robustbench_lite.registry import attack, defense
 from robustbench_lite.defended import Defended
@@ -53,6 +54,18 @@ class Careful:
             {"hang": lambda: time.sleep(600), "exit": lambda: os._exit(3), "raise": lambda: 1 / 0}[self.evil]()
         gradient, _ = problem.gradient(problem.x)
         return problem.threat.step(problem.x, problem.x, gradient, problem.threat.eps)
+
+@attack("pupil")
+@dataclass(frozen=True)
+class Pupil(Careful):
+    """Learns nothing that it needs; as long as there is a file, it does instead what it is told."""
+    images: int = 20
+    learned: "torch.Tensor | None" = field(default=None, compare=False, repr=False)
+
+    def fit(self, problem):
+        if Path("evil").exists():
+            {"hang": lambda: time.sleep(600), "exit": lambda: os._exit(3), "raise": lambda: 1 / 0}[self.evil]()
+        return replace(self, learned=problem.x[:1])
 
 class Dim(Defended):
     def forward(self, x, noise=None):
@@ -214,6 +227,36 @@ def test_a_plugin_costs_its_own_chunk_only(here: Path, weights: Path, evil: str,
         assert calls() == [100]
         assert again.unknown == 0
         assert again.rows()["status"].tolist() == peace.rows()["status"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("evil", "settings", "reason"),
+    [
+        ("hang", {"timeout": 0.5}, "no answer within 1.5 s"),  # as long as three chunks may take
+        ("exit", {"workers": 1}, "its process ended with exit code 3"),
+        ("raise", {}, "it learned nothing: ZeroDivisionError: division by zero"),
+    ],
+    ids=["hangs", "exits", "raises"],
+)
+def test_an_attack_that_cannot_learn_costs_its_own_cell_only(
+    here: Path, weights: Path, evil: str, settings: dict[str, Any], reason: str
+):
+    Path("evil").touch()
+    watcher = Notes()
+    settings = settings | {"n": 230, "threats": ["linf:0.1"]}
+    results = bench(weights, f"pupil:evil={evil}", "fgsm", watcher=watcher, **settings)
+    assert watcher.inputs == watcher.expected
+    rows = results.rows()
+    pupil, right = rows["attack"].str.startswith("pupil"), rows["status"] != "wrong"
+    assert set(rows["reason"][pupil & right]) == {f"error: Unfinished: learning: {reason}"}
+    assert set(rows["status"][pupil & right]) == {"unknown"}
+    assert "unknown" not in set(rows["status"][~pupil])
+    assert [note for note in watcher.notes if f"learning: {reason}; left unknown" in note]
+    Path("evil").unlink()
+    again = bench(weights, f"pupil:evil={evil}", "fgsm", **settings)
+    assert again.unknown == 0
+    peace = bench(weights, f"pupil:evil={evil}", "fgsm", out="peace", **settings)
+    assert again.rows()["status"].tolist() == peace.rows()["status"].tolist()
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_chunk_tried_again(here: Path, weights: Path):
