@@ -32,7 +32,7 @@ speed strength: .venv-speed/ready
 .venv-speed/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-speed
 	.venv-speed/bin/pip install --quiet --editable . 'adversarial-robustness-toolbox>=1.20'
-	.venv-speed/bin/pip install --quiet --no-deps torchattacks pyautoattack
+	.venv-speed/bin/pip install --quiet --no-deps torchattacks pyautoattack convex_adversarial
 	touch $@
 
 $(VENV)/ready: pyproject.toml

@@ -23,6 +23,9 @@ class CrownIBP(IBP):
     from 1 to ``beta``.
     """
 
+    epochs: int = 50
+    warmup: int = 10  # a step of it takes eight times what a later one takes
+    kappa: float = 0.25
     beta: float = 0.0
 
     bibtex: ClassVar[str] = ZHANG_2020

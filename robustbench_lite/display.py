@@ -143,12 +143,16 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         hidden |= {"p above"}
     if not wide or not board["threshold"].notna().any():
         hidden |= {"detected", "false pos.", "threshold"}
-    if not wide:  # the order says the rank, and the matrix above how each attack did
-        hidden |= {"forwards", "backwards", "seconds"} | ({"rank", "worst attack"} if proved else set())
-    heads = [head for head in columns if head not in hidden]
-    lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
-    title = "Leaderboard: what survives every attack, %"
-    console.print(table(title, heads, lines))
+    hidden |= set() if wide else {"forwards", "backwards", "seconds"}
+
+    def shown() -> Group:
+        heads = [head for head in columns if head not in hidden]
+        lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
+        return table("Leaderboard: what survives every attack, %", heads, lines)
+
+    if not wide and console.measure(shown()).maximum > console.width:
+        hidden |= {"rank", "worst attack"}  # the order says the one, and the matrix above how each attack did
+    console.print(shown())
     for _, row in board[board["flags"] != ""].iterrows():
         where = f"{_defense(row)}, {row['norm']} {row['eps']:g}"
         console.print(f"{FLAGGED.strip()} {where}: {row['flags']}", style="yellow", soft_wrap=True)

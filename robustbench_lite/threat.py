@@ -90,7 +90,8 @@ class ThreatModel:
 
     def inside(self, x: Tensor, slack: float = 0.0) -> Tensor:
         """Which rows of ``x`` lie in the pixel range: (B,) bool; NaN never does."""
-        return ((x >= self.lower - slack) & (x <= self.upper + slack)).flatten(1).all(1)
+        flat = x.flatten(1)  # its extremes are NaN where it is
+        return (flat.amin(1) >= self.lower - slack) & (flat.amax(1) <= self.upper + slack)
 
     def allows(self, x: Tensor, clean: Tensor, slack: float = 1e-5) -> Tensor:
         """Which rows of ``x`` the adversary may show the model; ``slack`` forgives rounding."""
