@@ -150,7 +150,8 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
         return table("Leaderboard: what survives every attack, %", heads, lines)
 
-    if not wide and console.measure(shown()).maximum > console.width:
+    words = console.measure(shown(), options=console.options.update(max_width=10 * WIDE)).minimum
+    if not wide and words > console.width:
         hidden |= {"rank", "worst attack"}  # the order says the one, and the matrix above how each attack did
     console.print(shown())
     for _, row in board[board["flags"] != ""].iterrows():

@@ -271,6 +271,14 @@ def test_no_heading_is_cut_on_a_narrow_screen(bench, monkeypatch, columns):
     assert ({"forwards", "backwards", "seconds"} <= words) == (columns == 120)
 
 
+def test_on_a_narrow_screen_columns_go_before_words_are_cut(bench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = bench("--attack pgd:steps=3 --dataset digits --model mlp --defense standard:epochs=1 --n 20").out
+    board = out[out.index("Leaderboard") :]
+    assert {"clean", "unknown", "standard:epochs=1"} <= set(board.split())
+    assert "rank" not in board
+
+
 @pytest.mark.parametrize(("option", "count"), [("--n all", 599), ("", 599), ("--n 3", 3)])
 def test_n_counts_from_the_first_image_and_is_at_most_what_there_is(bench, option, count):
     ran = bench(f"--attack fgsm --dataset digits --model model.py:means --json --rows rows.csv {option}")
