@@ -145,15 +145,11 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
         hidden |= {"detected", "false pos.", "threshold"}
     hidden |= set() if wide else {"forwards", "backwards", "seconds"}
 
-    def shown() -> Group:
-        heads = [head for head in columns if head not in hidden]
-        lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
-        return table("Leaderboard: what survives every attack, %", heads, lines)
-
-    words = console.measure(shown(), options=console.options.update(max_width=10 * WIDE)).minimum
-    if not wide and words > console.width:
-        hidden |= {"rank", "worst attack"}  # the order says the one, and the matrix above how each attack did
-    console.print(shown())
+    rows = [row for _, row in board.iterrows()]
+    shown = {head: [cell(row) for row in rows] for head, cell in columns.items() if head not in hidden}
+    if not wide and _least(shown) > console.width:  # the order says the rank, and the matrix above how each attack did
+        shown = {head: cells for head, cells in shown.items() if head not in ("rank", "worst attack")}
+    console.print(table("Leaderboard: what survives every attack, %", [*shown], zip(*shown.values())))
     for _, row in board[board["flags"] != ""].iterrows():
         where = f"{_defense(row)}, {row['norm']} {row['eps']:g}"
         console.print(f"{FLAGGED.strip()} {where}: {row['flags']}", style="yellow", soft_wrap=True)
@@ -279,6 +275,15 @@ def _cell(fraction: float, examples: int | None) -> str:
     if fraction != fraction:
         return ""
     return percent(fraction) if examples is None or not number(examples, "d") else interval(fraction, examples)
+
+
+def _least(columns: Mapping[str, Sequence[str]]) -> int:
+    """How wide a table of these columns is if no word is cut."""
+    widths = [
+        max(len(part) for cell in (head, *cells) for part in ([cell] if head in WHOLE else cell.split() or [""]))
+        for head, cells in columns.items()
+    ]
+    return sum(widths) + 2 * len(widths)
 
 
 def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:
