@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
 from robustbench_lite.entries import Entry, Found, Probe, Proof, Setting, violations
 from robustbench_lite.evaluation import Target
+from robustbench_lite.files import replacing
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
@@ -412,10 +412,9 @@ def _path(given: str | Path | None) -> Path | None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is written."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    """See :func:`robustbench_lite.files.replacing`."""
     try:
-        yield part
-        os.replace(part, path)
+        with replacing(path) as part:
+            yield part
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

@@ -257,12 +257,13 @@ class Runner:
         what its attack was to learn a cell is given up."""
         if isinstance(task.plugin, GivenUp):
             raise ValueError(f"{job}: without an attack, too, there is {lost.why}")
-        for span in task.spans or [LESSON]:
+        tried = task.spans or [LESSON]
+        for span in tried:
             job.lost[span] = job.lost.get(span, 0) + 1
-            if len(task.spans) <= 1 and (lost.stopped or job.lost[span] > 1):
+            if len(tried) == 1 and (lost.stopped or job.lost[span] > 1):
                 job.given_up[span] = lost.why
         what = f"inputs {task.spans[0][0]} to {task.spans[-1][1] - 1}" if task.spans else "learning"
-        end = "left unknown" if (task.spans or [LESSON])[0] in job.given_up else "tried again"
+        end = "left unknown" if tried[0] in job.given_up else "tried again"
         self.watcher.note(f"{job}, {what}: {lost.why}; {end}")
         if LESSON in job.given_up:
             job.untaught, job.given_up = False, dict.fromkeys(job.missing, f"learning: {lost.why}")

@@ -5,9 +5,8 @@ import io
 import json
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from robustbench_lite.files import replacing
 from robustbench_lite.history import History, parse, to_text
 from robustbench_lite.outcome import Certified, Outcome, Probed
 
@@ -200,17 +200,13 @@ def _disjoint(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that takes its place once it is whole, and is gone if it never is."""
-    part = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    """See :func:`robustbench_lite.files.replacing`; makes the folder too."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
+        with replacing(path) as part:
+            yield part
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def _table(chunk: Chunk) -> NDArray[np.void]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from robustbench_lite import __version__, classifiers, data, downloads, models, registry, zoo
 from robustbench_lite.blackbox import Answers, BlackBox, Line, Server, Terms, is_address
 from robustbench_lite.defended import Access, Defended, computing
+from robustbench_lite.files import replacing
 from robustbench_lite.history import History, parse, to_text
 from robustbench_lite.noise import Noise
 from robustbench_lite.plugins import Defense
@@ -446,9 +446,8 @@ def save(model: nn.Module, path: Path, half: bool = False, history: History = ()
     if half:
         state = _cast(state, torch.float16)
     content = to_bytes(state, {"version": __version__, **({"history": to_text(history)} if history else {})})
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_bytes(content)
     return hashlib.sha256(content).hexdigest()
 
 

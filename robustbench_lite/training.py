@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from robustbench_lite import registry
 from robustbench_lite.ascent import ascend, customary_length, input_gradient
 from robustbench_lite.data import SOURCES, Images
 from robustbench_lite.defended import Defended, Sources
+from robustbench_lite.files import replacing
 from robustbench_lite.history import Epoch, History
 from robustbench_lite.noise import Noise
 from robustbench_lite.threat import Goal, ThreatModel, find_norm
@@ -304,11 +304,10 @@ def _made_of(recipe: Recipe, lab: Lab) -> str:
 
 def _save(recipe: Recipe, model: nn.Module, optimiser: torch.optim.Optimizer, lab: Lab, state: _State) -> None:
     if lab.checkpoint is not None:
-        part = lab.checkpoint.with_name(lab.checkpoint.name + ".part")
         kept = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "of": _made_of(recipe, lab)}
         plain = {"measured": state.measured and tuple(state.measured), "best": state.best and tuple(state.best)}
-        torch.save({**kept, **vars(state), **plain, "history": [*map(tuple, state.history)]}, part)
-        os.replace(part, lab.checkpoint)
+        with replacing(lab.checkpoint) as part:
+            torch.save({**kept, **vars(state), **plain, "history": [*map(tuple, state.history)]}, part)
 
 
 def _resume(recipe: Recipe, model: nn.Module, optimiser: torch.optim.Optimizer, lab: Lab) -> _State:

@@ -61,6 +61,7 @@ LAYERS = [
         "specs",
         "data",
         "downloads",
+        "files",
         "history",
         "models",
         "classifiers",

@@ -185,7 +185,7 @@ def test_a_crash_leaves_the_chunk_that_was_there(store: Store, chunk: Path, monk
         raise RuntimeError
 
     before = chunk.read_bytes()
-    monkeypatch.setattr(module.os, "replace", crash)
+    monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(RuntimeError):
         store.save(CELL, made("h" * 20, start=100))
     assert chunk.read_bytes() == before
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch, 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    where = {"savez_compressed": (module.np, step), "replace": (module.os, step)}
+    where = {"savez_compressed": (module.np, step), "replace": (os, step)}
     monkeypatch.setattr(*where.get(step, (Path, "touch" if step == "ask" else "write_bytes")), full)
     writes = {"ask": lambda: store.ask(CELL, 0.3), "history": lambda: store.remember(CELL, HISTORY)}
     with pytest.raises(ValueError) as error:

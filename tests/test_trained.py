@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from robustbench_lite import classifiers, data, models, registry, trained, training, zoo
+from robustbench_lite import classifiers, data, models, registry, training, zoo
 from robustbench_lite.certifying import certify_inputs
 from robustbench_lite.defended import Defended
 from robustbench_lite.evaluation import evaluate
@@ -436,7 +436,7 @@ def test_saving_is_atomic(net: nn.Module, tmp_path: Path, monkeypatch: pytest.Mo
     def crash(*_: object) -> None:
         raise Killed
 
-    monkeypatch.setattr(trained.os, "replace", crash)
+    monkeypatch.setattr("os.replace", crash)
     with pytest.raises(Killed):
         save(models.build("mlp", (1, 8, 8), 10), path)
     assert path.read_bytes() == before
