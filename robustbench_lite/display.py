@@ -144,12 +144,11 @@ def show_results(console: Console, matrix: pd.DataFrame, board: pd.DataFrame) ->
     if not wide or not board["threshold"].notna().any():
         hidden |= {"detected", "false pos.", "threshold"}
     hidden |= set() if wide else {"forwards", "backwards", "seconds"}
-
-    rows = [row for _, row in board.iterrows()]
-    shown = {head: [cell(row) for row in rows] for head, cell in columns.items() if head not in hidden}
-    if not wide and _least(shown) > console.width:  # the order says the rank, and the matrix above how each attack did
-        shown = {head: cells for head, cells in shown.items() if head not in ("rank", "worst attack")}
-    console.print(table("Leaderboard: what survives every attack, %", [*shown], zip(*shown.values())))
+    heads = [head for head in columns if head not in hidden]
+    lines = [[columns[head](row) for head in heads] for _, row in board.iterrows()]
+    title = "Leaderboard: what survives every attack, %"
+    spare = ("rank", "worst attack")  # the order says the one, and the matrix above how each attack did
+    console.print(table(title, heads, lines, spare, console.width))
     for _, row in board[board["flags"] != ""].iterrows():
         where = f"{_defense(row)}, {row['norm']} {row['eps']:g}"
         console.print(f"{FLAGGED.strip()} {where}: {row['flags']}", style="yellow", soft_wrap=True)
@@ -198,7 +197,7 @@ def show_certificates(console: Console, certificates: pd.DataFrame) -> None:
     if wide:
         heads += ["verified", "falsified", "unknown", "unsupported", "seconds"]
     title = "Certificates: what is proved, %; means of margin and radius"
-    console.print(table(title, heads, [line[: len(heads)] for line in lines]))
+    console.print(table(title, heads, [line[: len(heads)] for line in lines], ("margin",), console.width))
 
 
 def show_comparison(console: Console, comparison: pd.DataFrame) -> None:
@@ -277,20 +276,23 @@ def _cell(fraction: float, examples: int | None) -> str:
     return percent(fraction) if examples is None or not number(examples, "d") else interval(fraction, examples)
 
 
-def _least(columns: Mapping[str, Sequence[str]]) -> int:
-    """How wide a table of these columns is if no word is cut."""
-    widths = [
-        max(len(part) for cell in (head, *cells) for part in ([cell] if head in WHOLE else cell.split() or [""]))
-        for head, cells in columns.items()
-    ]
-    return sum(widths) + 2 * len(widths)
-
-
-def table(title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> Group:
-    """A table in which names from elsewhere are shown as they are, never read as markup."""
+def table(
+    title: str, heads: Sequence[str], lines: Iterable[Sequence[Any]], spare: Sequence[str] = (), width: int = 0
+) -> Group:
+    """A table in which names from elsewhere are shown as they are, never read as markup; without the ``spare`` columns
+    where words would have to be cut for it to be no wider than ``width``."""
+    columns = [tuple(map(str, column)) for column in zip(heads, *lines)]
+    if spare and _least(columns) > width:
+        columns = [column for column in columns if column[0] not in spare]
     made = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for head in heads:
+    for head, *_ in columns:
         made.add_column(Text(head), overflow="fold", no_wrap=head in WHOLE)
-    for line in lines:
-        made.add_row(*(Text(str(cell)) for cell in line))
+    for line in [*zip(*columns)][1:]:
+        made.add_row(*map(Text, line))
     return Group(Text(title, style="italic"), made)
+
+
+def _least(columns: Sequence[Sequence[str]]) -> int:
+    """How wide a table of these columns, heads included, is if no word is cut."""
+    cells = [column if column[0] in WHOLE else " ".join(column).split() for column in columns]
+    return sum(max(map(len, words), default=0) + 2 for words in cells)
