@@ -27,6 +27,7 @@ COMMANDS = {
         "speed/queries.py --weights {checkpoint}",
         "speed/patch.py",
         "speed/certify.py --weights {checkpoint}",
+        "speed/layout.py",
         "speed/harness.py",
         "strength/autoattack.py --weights {checkpoint} --eps 0.1 --images 200 --attacks",
     ],

@@ -63,6 +63,14 @@ def run(
             help="What attacks compute in: float32, or bf16, faster and weaker; judged in float32.", rich_help_panel=HOW
         ),
     ] = "float32",
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="How the model lies in memory for attacks: as-built, or channels-last with batch norms folded, which "
+            "may be faster.",
+            rich_help_panel=HOW,
+        ),
+    ] = "as-built",
     batch: Annotated[str, typer.Option(help="Inputs at once; changes no result.", rich_help_panel=HOW)] = "auto",
     workers: options.Workers = 0,
     ray: options.Ray = None,
@@ -151,6 +159,7 @@ def run(
         "target": towards,
         "eot": eot,
         "precision": precision,
+        "layout": layout,
         "threads": threads,
         "out": out,
         "fresh": fresh,

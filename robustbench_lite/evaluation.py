@@ -25,6 +25,7 @@ from robustbench_lite.defended import (
     no_sources,
     steady,
 )
+from robustbench_lite.layout import Layout, channels_last, known_layout
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import (
@@ -65,6 +66,7 @@ def evaluate(
     sources: Sources = no_sources,
     eot: int | None = None,
     precision: Precision = "float32",
+    layout: Layout = "as-built",
 ) -> Outcome:
     """Runs an attack, an object or a spec such as ``"pgd:steps=10"``, on a classifier and judges what it finds.
 
@@ -73,7 +75,8 @@ def evaluate(
     Unless ``adaptive``, the attack is blind: it is run on the model behind the last wrapper, and judged on the whole.
     ``sources`` is a function, such as ``load_defense``, from a spec to the model that an attack like ``transfer`` is
     crafted on. ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as the defense has
-    it). ``precision`` is what the attack's queries are computed in; what counts is always computed in float32.
+    it). ``precision`` is what the attack's queries are computed in, and ``layout`` how the model lies in memory for
+    them, see :func:`channels_last`; what counts is always computed in float32, by the model as it is.
 
     Raises:
         ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
@@ -95,6 +98,7 @@ def evaluate(
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
         bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot, precision)
         check(bench.known, x, y, threat, precision)
+        bench = laid_out(bench, known_layout(layout), x, y)
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -216,6 +220,19 @@ def checked(
     return source
 
 
+def laid_out(bench: "Bench", layout: Layout, x: Tensor, y: Tensor) -> "Bench":
+    """The bench where attacks ask a model of that ``layout``, and the one that they know judges as before.
+
+    Raises:
+        ValueError: as :func:`channels_last` does.
+    """
+    if layout == "as-built":
+        return bench
+    asked = channels_last(bench.known, x[:32].to(device_of(bench.known)))
+    check(asked, x, y, bench.threat, bench.precision)
+    return replace(bench, asked=asked)
+
+
 def predicted(model: Defended, answers: Tensor) -> Tensor:
     """The labels that a model's answers say, (B,); ``REJECTED`` where its detector does."""
     label = answers.argmax(1)
@@ -258,6 +275,7 @@ class Bench:
     sources: Sources = no_sources
     eot: int | None = None
     precision: Precision = "float32"
+    asked: Defended | None = None  # answers the attack's queries in place of the model that it is run on
 
     @property
     def known(self) -> Defended:
@@ -284,7 +302,7 @@ class Bench:
     ) -> Problem:
         """What an attack meets."""
         return Problem(
-            self.known,
+            self.asked or self.known,
             x,
             goal,
             threat,
@@ -296,6 +314,7 @@ class Bench:
             sources=self.sources,
             eot=self.eot,
             precision=self.precision,
+            judge=self.known,
         )
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:

@@ -15,6 +15,7 @@ from robustbench_lite.certifying import Court
 from robustbench_lite.data import Images
 from robustbench_lite.defended import Defended, Precision, ask, computing, device_of
 from robustbench_lite.evaluation import Target, check, frozen
+from robustbench_lite.layout import Layout
 from robustbench_lite.matrix import prepare
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import CHUNK, Certified, Outcome, Rows
@@ -54,6 +55,7 @@ def forecast(
     fresh: bool = False,
     eot: int | None = None,
     precision: Precision = "float32",
+    layout: Layout = "as-built",
     threads: int = 1,
     watcher: Watcher = SILENT,
     **asked: Any,
@@ -69,7 +71,7 @@ def forecast(
     """
     images, workshop, wanted = prepare(**asked, watcher=watcher)
     workshop = replace(workshop, trains=False)
-    station = Station(workshop, images, seed, target, BATCH, False, False, threads, eot, precision)
+    station = Station(workshop, images, seed, target, BATCH, False, False, threads, eot, precision, layout)
     scout = _Scout(station, Store(Path(out), watcher.note), fresh, watcher, _linear(images))
     with computing(threads):
         for chain, assaults in wanted.assaults.items():

@@ -21,6 +21,7 @@ from robustbench_lite.defended import Precision, computing
 from robustbench_lite.entries import Entry, Found, Probe, Proof, Setting, violations
 from robustbench_lite.evaluation import Target
 from robustbench_lite.files import replacing
+from robustbench_lite.layout import Layout
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
@@ -204,6 +205,7 @@ def benchmark(
     ray: str | None = None,
     eot: int | None = None,
     precision: Precision = "float32",
+    layout: Layout = "as-built",
     watcher: Watcher = SILENT,
 ) -> Results:
     """Runs every attack against every defense and stores the results, so that a second call only reads them.
@@ -214,7 +216,9 @@ def benchmark(
     eps. The first ``n`` test images are attacked (None: all). ``keep_all`` keeps every adversarial image.
     ``adaptive`` says whether attacks know a defense's last wrapper, are blind to it (``off``), or are run both ways.
     ``eot`` is over how many draws of a stochastic defense gradients are averaged (None: as it has it). ``precision`` is
-    what attacks' queries are computed in, ``"float32"`` or ``"bf16"``; what counts is computed in float32.
+    what attacks' queries are computed in, ``"float32"`` or ``"bf16"``, and ``layout``, ``"as-built"`` or
+    ``"channels-last"``, how the model lies in memory for them; what counts is computed in float32, by the model as it
+    is.
     ``certifiers``, specs or objects too, then prove what they can, under the same threat models, and with ``radius``
     each input's largest certified radius up to eps. ``probe`` takes a short look at each model that is attacked, for
     what it says of attacks on it: see :mod:`robustbench_lite.audit`.
@@ -252,7 +256,7 @@ def benchmark(
         raise ValueError("rate and queries are kept by one process: leave out workers, ray, timeout and isolate")
     store = Store(Path(out), watcher.note)
     store.prepare()
-    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision)
+    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision, layout)
     with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))

@@ -65,7 +65,8 @@ def probe(bench: Bench, x: Tensor, y: Tensor, rows: Tensor) -> Probed:
     low, high = scores.amin(1), scores.amax(1)
     moved = (second - first).abs().amax(1) / (high - low).clamp_min(torch.finfo(first.dtype).tiny)
 
-    bench = replace(bench, target=None, eot=None, precision="float32")  # the same probe, whatever the attacks do
+    # The same probe, whatever the attacks do.
+    bench = replace(bench, target=None, eot=None, precision="float32", asked=None)
     whole = replace(bench.threat, norm=NORMS["linf"], eps=bench.threat.upper - bench.threat.lower)
     clean, white = predicted(bench.model, first).cpu().numpy(), bench.known.access == "gradients"
     unbounded = replace(bench, threat=whole)

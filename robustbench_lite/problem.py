@@ -46,8 +46,9 @@ class Problem:
     attack ``minimises``), not given up and budget left. The others answer NaN, and their gradient is 0.
     Of a model with a detector an attack sees what :meth:`Goal.seen` makes of its answers. A stochastic one draws anew
     for each query; one under access "gradients" that is differentiable is the mean probability of ``eot`` draws
-    (expectation over transformation; Athalye et al., 2018, section 4.2), each charged. What a query hits there, or in
-    a ``precision`` below float32, counts only if :func:`ask_finally` agrees, which is charged to nobody.
+    (expectation over transformation; Athalye et al., 2018, section 4.2), each charged. What a query hits there, in a
+    ``precision`` below float32, or where another ``judge`` than ``model`` says what counts, counts only if
+    :func:`ask_finally` agrees, which is charged to nobody.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Problem:
         sources: Sources = no_sources,
         eot: int | None = None,
         precision: Precision = "float32",
+        judge: Defended | None = None,
     ) -> None:
         self.x, self.goal, self.threat, self.noise = x.clone(), Goal(goal.labels.clone(), goal.targeted), threat, noise
         self.classes, self._access, self._budget, self._minimises = classes, access, budget, minimises
@@ -73,7 +75,8 @@ class Problem:
         self._eot = (eot or model.draws) if model.stochastic else 1
         self._clean, self._goal, self._threat = x, goal, threat  # an attack may spoil its own copy, not these
         self._noise, self._precision = noise, precision
-        self._provisional = model.stochastic or precision != "float32"
+        self._judge = judge or model
+        self._provisional = model.stochastic or precision != "float32" or self._judge is not model
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
 
     def __len__(self) -> int:
@@ -236,7 +239,7 @@ class Problem:
         nearer = nearer[self._threat.inside(x[hits[nearer]], slack=1e-5)]
         hits, owners, distance = hits[nearer], owners[nearer], distance[nearer]
         if self._provisional and len(hits):
-            answers = ask_finally(self._model, x[hits], self._batch, self._noise[owners])
+            answers = ask_finally(self._judge, x[hits], self._batch, self._noise[owners])
             agreed = Goal(self._goal.labels[owners], self._goal.targeted).met(self._seen(answers, owners))
             hits, owners, distance = hits[agreed], owners[agreed], distance[agreed]
         if not len(hits):

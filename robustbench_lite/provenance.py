@@ -83,7 +83,8 @@ def _ways(one: Entry) -> tuple[str, ...]:
     """The options that say how an attack's queries were answered."""
     identity, usual = cast("Cell", one.cell).identity, cast("Cell", one.cell).about.get("draws")
     averaged = ["--eot", str(identity["eot"])] if identity.get("eot", usual) != usual else []
-    return (*averaged, *(["--precision", identity["precision"]] if identity["precision"] != "float32" else []))
+    coarse = ["--precision", identity["precision"]] if identity["precision"] != "float32" else []
+    return (*averaged, *coarse, *(["--layout", identity["layout"]] if "layout" in identity else []))
 
 
 def _searched(one: Entry | Proof) -> bool | None:

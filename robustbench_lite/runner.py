@@ -309,6 +309,7 @@ def cell_of(
         kind: {**registry.identity(plugin), "origin": registry.origin(type(plugin))},
         "eps": None if getattr(plugin, "minimises", False) else threat.eps,
         **({"target": station.target, "precision": station.precision} if search is None else {"search": search}),
+        **({"layout": station.layout} if search is None and station.layout != "as-built" else {}),
     }
     known = subject.model if adaptive else subject.model.model
     if isinstance(known, Defended) and known.stochastic and getattr(plugin, "access", None) == "gradients":
@@ -357,9 +358,10 @@ def _about(station: Station, subject: Subject, threat: ThreatModel) -> dict[str,
 def entry_of(cell: Cell, threat: ThreatModel, outcome: Outcome) -> Entry:
     about = cell.about
     limit = threat.norm.limit(threat.eps, torch.empty(1, *about["shape"]))
-    target, eot, precision = (cell.identity.get(name) for name in ("target", "eot", "precision"))
+    target, eot, precision, layout = (cell.identity.get(name) for name in ("target", "eot", "precision", "layout"))
     ways = [f" to {target}"] * (target is not None) + [f" (eot {eot})"] * (eot not in (None, about["draws"]))
     ways += [f" ({precision})"] * (precision != "float32")
+    ways += [f" ({layout})"] * (layout is not None)
     return Entry(
         **_setting(cell, threat.eps),
         attack="".join([about["attack"], *ways]),

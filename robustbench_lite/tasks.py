@@ -16,7 +16,8 @@ from torch import Tensor
 from robustbench_lite import data, registry
 from robustbench_lite.certifying import Court
 from robustbench_lite.defended import Defended, Precision, known_precision
-from robustbench_lite.evaluation import Bench, Target, check, checked, frozen
+from robustbench_lite.evaluation import Bench, Target, check, checked, frozen, laid_out
+from robustbench_lite.layout import Layout, known_layout
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import Outcome, Unfinished
 from robustbench_lite.plugins import Attack, Certifier, Learner, Plugin
@@ -72,10 +73,12 @@ class Station:
     threads: int
     eot: int | None = None
     precision: Precision = "float32"
+    layout: Layout = "as-built"
     kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         known_precision(self.precision)
+        known_layout(self.layout)
         if self.eot is not None and self.eot < 1:
             raise ValueError(f"eot must be 1 or more, not {self.eot}")
 
@@ -134,7 +137,7 @@ class Station:
             bench = Bench(subject.model, threat, classes, *settings, sources, self.eot, self.precision)
             if not adaptive:
                 self._check(bench.known, threat)
-        return bench
+            return laid_out(bench, self.layout, x, y)
 
     def packed(self) -> Callable[[int], Station]:
         """What makes this station again in a process of that number.

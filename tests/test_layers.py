@@ -41,7 +41,7 @@ LAYERS = [
         "audit",
         "testing",
     },
-    {"evaluation", "probing", "certifying", "trained", "store", "outcome", "blackbox"},
+    {"evaluation", "layout", "probing", "certifying", "trained", "store", "outcome", "blackbox"},
     {
         "plugins",
         "certificate",
