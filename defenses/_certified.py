@@ -50,15 +50,15 @@ class CertifiedRecipe(AdversarialRecipe):
     def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
         """Sound lower bounds (B, S) on linear functions (B, S, C) of the logits."""
 
-    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, grown: float) -> Tensor:
-        """The bounds (B, S) that it trains on; ``grown`` says from 0 to 1 how far the warm-up is."""
+    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, epoch: float) -> Tensor:
+        """The bounds (B, S) that it trains on; ``epoch`` counts from 0 in fractions."""
         return self.proved(graph, ball, functions)
 
     def objective(self, model: nn.Module, lab: Lab) -> Loss:
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
             logits, grown = model(x), self.grown(epoch)
             functions = differences(y, logits.shape[1])
-            margins = self.margins(trace(model, x.shape[1:]), Ball(x, self.threat_at(epoch)), functions, noise, grown)
+            margins = self.margins(trace(model, x.shape[1:]), Ball(x, self.threat_at(epoch)), functions, noise, epoch)
             share = 1 - (1 - self.kappa) * grown
             return share * F.cross_entropy(logits, y) + (1 - share) * worst_cross_entropy(margins).mean(), logits
 
@@ -77,6 +77,21 @@ class CertifiedRecipe(AdversarialRecipe):
         (classes,) = graph.output.shape
         margins = self.proved(graph, Ball(x, threat), differences(y, classes))
         return margins.amin(1) > SOUND[margins.dtype]
+
+
+@dataclass(frozen=True)
+class WarmRecipe(CertifiedRecipe):
+    """With ``warm_start`` it begins with the weights that ``ibp`` gives at the same eps."""
+
+    warm_start: bool = True
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (f"ibp:norm={self.norm},eps={self.eps}",) if self.warm_start else ()
+
+    def begin(self, model: nn.Module, lab: Lab) -> None:
+        for source in self.sources:
+            model.load_state_dict(lab.sources(source).model.state_dict())
 
 
 def worst_cross_entropy(margins: Tensor) -> Tensor:

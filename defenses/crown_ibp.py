@@ -11,21 +11,24 @@ from robustbench_lite.noise import Noise
 from robustbench_lite.papers import ZHANG_2020
 from robustbench_lite.registry import defense
 
-from .ibp import IBP
+from ._certified import WarmRecipe
+from .ibp import intervals
 
 
 @defense("crown-ibp")
 @dataclass(frozen=True)
-class CrownIBP(IBP):
+class CrownIBP(WarmRecipe):
     """Like ``ibp``, on a mixture of interval bounds and of one linear relaxation (Zhang et al., 2020, section 3.2).
 
-    Over the ``warmup`` the share of the linear bounds, which cost more and are tighter while weights are young, falls
-    from 1 to ``beta``.
+    Over the first ``warmup`` epochs the share of the linear bounds, which cost more, falls from 1 to ``beta``. Unless
+    it begins with the weights of ``ibp``, the ball grows meanwhile, as it does there.
     """
 
-    epochs: int = 50
-    warmup: int = 10  # a step of it takes eight times what a later one takes
-    kappa: float = 0.25
+    epochs: int = 15
+    warmup: int = 2  # a step of it takes eight times what a later one takes
+    rate: float = 5e-4
+    stretch: float = 1.1
+    kappa: float = 0.3
     beta: float = 0.0
 
     bibtex: ClassVar[str] = ZHANG_2020
@@ -35,14 +38,15 @@ class CrownIBP(IBP):
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must lie in [0, 1], not {self.beta:g}")
 
-    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, grown: float) -> Tensor:
-        share, intervals = 1 - (1 - self.beta) * grown, super().proved(graph, ball, functions)
-        if not share:
-            return intervals
-        return share * linear(graph, ball, functions) + (1 - share) * intervals
+    def grown(self, epoch: float) -> float:
+        return 1.0 if self.warm_start else super().grown(epoch)
+
+    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, epoch: float) -> Tensor:
+        share, narrow = 1 - (1 - self.beta) * super().grown(epoch), intervals(graph, ball, functions)
+        return share * linear(graph, ball, functions) + (1 - share) * narrow if share else narrow
 
     def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
-        return torch.maximum(super().proved(graph, ball, functions), linear(graph, ball, functions))
+        return torch.maximum(intervals(graph, ball, functions), linear(graph, ball, functions))
 
 
 def linear(graph: Graph, ball: Ball, functions: Tensor) -> Tensor:

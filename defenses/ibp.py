@@ -28,4 +28,8 @@ class IBP(CertifiedRecipe):
     bibtex: ClassVar[str] = GOWAL_2018
 
     def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
-        return Bounds(graph, ball, slopes=None).lower(functions)
+        return intervals(graph, ball, functions)
+
+
+def intervals(graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
+    return Bounds(graph, ball, slopes=None).lower(functions)

@@ -3,20 +3,19 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustbench_lite.bounds import Ball, Bounds, Graph, estimated
 from robustbench_lite.noise import Noise
 from robustbench_lite.papers import WONG_2018
 from robustbench_lite.registry import defense
-from robustbench_lite.training import Lab
 
-from ._certified import CertifiedRecipe
+from ._certified import WarmRecipe
 
 
 @defense("wong-kolter")
 @dataclass(frozen=True)
-class WongKolter(CertifiedRecipe):
+class WongKolter(WarmRecipe):
     """The worst cross-entropy that the dual network allows (Wong & Kolter, 2018, section 3).
 
     ``warm_start`` begins with the weights that ``ibp`` gives at the same eps: few ``epochs`` and no ``warmup`` are
@@ -29,7 +28,6 @@ class WongKolter(CertifiedRecipe):
     warmup: int = 0
     kappa: float = 0.0
     projections: int = 0  # none: exact
-    warm_start: bool = True
 
     bibtex: ClassVar[str] = WONG_2018
 
@@ -40,18 +38,10 @@ class WongKolter(CertifiedRecipe):
         if self.projections and self.norm != "linf":
             raise ValueError(f"projections estimate bounds under linf; write projections=0 for {self.norm}")
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return (f"ibp:norm={self.norm},eps={self.eps}",) if self.warm_start else ()
-
-    def begin(self, model: nn.Module, lab: Lab) -> None:
-        for source in self.sources:
-            model.load_state_dict(lab.sources(source).model.state_dict())
-
     def proved(self, graph: Graph, ball: Ball, functions: Tensor) -> Tensor:
         return Bounds(graph, ball, "parallel").lower(functions)
 
-    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, grown: float) -> Tensor:
+    def margins(self, graph: Graph, ball: Ball, functions: Tensor, noise: Noise, epoch: float) -> Tensor:
         if not self.projections:
             return self.proved(graph, ball, functions)
         return estimated(graph, ball, noise.at("projections"), self.projections).lower(functions)

@@ -25,7 +25,7 @@ from .test_training import assert_same
 
 SPECS = {
     "ibp": "ibp:eps=0.1,epochs=12,warmup=8,rate=0.005,stretch=1,kappa=0,batch=32",
-    "crown-ibp": "crown-ibp:eps=0.1,epochs=8,warmup=6,rate=0.005,stretch=1,kappa=0,batch=32",
+    "crown-ibp": "crown-ibp:eps=0.1,epochs=8,warmup=6,rate=0.005,stretch=1,kappa=0,batch=32,warm_start=false",
     "wong-kolter": "wong-kolter:eps=0.1,epochs=6,warmup=4,rate=0.005,warm_start=false,projections=20",
 }
 PLAIN = ["standard:epochs=6,rate=0.005,shift=0", "madry:eps=0.1,epochs=6,rate=0.005,warmup=2"]
@@ -72,7 +72,8 @@ def test_on_a_linear_model_the_loss_is_known(name: str, epoch: float, eps: float
     """The margin falls by eps times the l1 norm of what tells two classes apart; eps and share move in a line."""
     model, x, y = many_classes(4, 20)
     x = x.detach().clamp(0.1, 0.9)
-    spec = f"{name}:eps=0.02,stretch=2,kappa=0.4,warmup=4" + (",projections=0" if name == "wong-kolter" else "")
+    cold = {"crown-ibp": ",warm_start=false"}.get(name, "")
+    spec = f"{name}:eps=0.02,stretch=2,kappa=0.4,warmup=4{cold}"
     value, logits = objective(spec, model, x, y, epoch)
     torch.testing.assert_close(logits, model(x))
     apart = (model.weight[y].unsqueeze(1) - model.weight).abs().sum(2)
@@ -91,7 +92,7 @@ def test_the_worst_cross_entropy_is_above_what_an_attack_reaches(spec: str):
     graph, functions = trace(model, data.shape), differences(data.y, 10)
     loss = Goal(data.y).cross_entropy
     moved = ascend(input_gradient(model, loss), data.x, data.x, THREAT, 20, 0.02)
-    for name, settings in {"ibp": "", "crown-ibp": ",beta=1", "wong-kolter": ",projections=0"}.items():
+    for name, settings in {"ibp": "", "crown-ibp": ",beta=1", "wong-kolter": ""}.items():
         recipe = make("defense", f"{name}:eps=0.1{settings}")
         margins = recipe.margins(graph, Ball(data.x, THREAT), functions, Noise(0, torch.arange(60)), 1.0)
         assert (worst_cross_entropy(margins) >= loss(model(moved)) - 1e-4).all(), name
@@ -105,11 +106,18 @@ def test_the_share_of_linear_bounds_falls_to_beta():
     intervals = make("defense", "ibp:eps=0.02").margins(*given, noise, 0.5)
     linear = make("defense", "crown-ibp:eps=0.02").margins(*given, noise, 0)
     assert (linear > intervals).all()
-    recipe = make("defense", "crown-ibp:eps=0.02,beta=0.2")
-    for grown, share in {0.0: 1.0, 0.5: 0.6, 1.0: 0.2}.items():
-        torch.testing.assert_close(
-            recipe.margins(*given, noise, grown), share * linear + (1 - share) * intervals, rtol=1e-4, atol=1e-5
-        )
+    for start in ("true", "false"):
+        recipe = make("defense", f"crown-ibp:eps=0.02,beta=0.2,warmup=4,warm_start={start}")
+        for epoch, share in {0: 1.0, 2: 0.6, 4: 0.2, 5: 0.2}.items():
+            mixed = share * linear + (1 - share) * intervals
+            torch.testing.assert_close(recipe.margins(*given, noise, epoch), mixed, rtol=1e-4, atol=1e-5)
+
+
+def test_where_it_begins_warm_the_ball_is_whole_at_once():
+    recipe = make("defense", "crown-ibp:eps=0.1,stretch=1.5,warmup=4")
+    assert recipe.threat_at(0).eps == recipe.threat_at(9).eps == pytest.approx(0.15)
+    cold = replace(recipe, warm_start=False)
+    assert [cold.threat_at(epoch).eps for epoch in (0, 2, 4)] == pytest.approx([0, 0.075, 0.15])
 
 
 def test_projections_estimate_what_the_dual_network_says():
@@ -123,7 +131,8 @@ def test_projections_estimate_what_the_dual_network_says():
     assert (many - exact).abs().mean() < 0.03 * exact.abs().mean() < (few - exact).abs().mean()
 
 
-def test_a_warm_start_is_what_ibp_gives_at_that_eps():
+@pytest.mark.parametrize("name", ["crown-ibp", "wong-kolter"])
+def test_a_warm_start_is_what_ibp_gives_at_that_eps(name: str):
     data = load("digits", "train").take(slice(256))
     asked, source = [], build("mlp", data.shape, 10, seed=5)
 
@@ -131,7 +140,7 @@ def test_a_warm_start_is_what_ibp_gives_at_that_eps():
         asked.append(spec)
         return Defended(source)
 
-    recipe = make("defense", "wong-kolter:eps=0.05,projections=2")
+    recipe = make("defense", f"{name}:eps=0.05")
     model = build("mlp", data.shape, 10)
     recipe.begin(model, replace(lab_of(data), sources=sources))
     assert asked == [*recipe.sources] == ["ibp:norm=linf,eps=0.05"]

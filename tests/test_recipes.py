@@ -36,7 +36,7 @@ RECIPES = [
     "gaussian",
     "parseval",
     "ibp:eps=0.1",
-    "crown-ibp:eps=0.1",
+    "crown-ibp:eps=0.1,warm_start=false",
     "wong-kolter:eps=0.1,warm_start=false,projections=5",
 ]
 
