@@ -133,6 +133,9 @@ def _timm(name: str, shape: Shape, classes: int) -> nn.Module:
 
 
 def _robustbench(name: str, shape: Shape, classes: int) -> nn.Module:
+    if not importlib.util.find_spec("autoattack") and importlib.util.find_spec("pyautoattack"):
+        # RobustBench's release requires AutoAttack under the one name and imports it under the other.
+        sys.modules["autoattack"] = importlib.import_module("pyautoattack")
     utils = _extra("robustbench.utils", "robustbench")
     dataset, threat, model, *more = name.split("/") if "/" in name else ("cifar10", "Linf", name)
     folder = cache_dir() / "robustbench"

@@ -1,5 +1,6 @@
 """Classifiers from ONNX, timm and RobustBench."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,24 @@ def test_a_robustbench_model_is_loaded_from_its_checkpoint(place: Path, stand_in
     loaded = load("robustbench:cifar10/L2/Mine", (3, 32, 32), 10)
     assert not loaded.training
     assert torch.equal(loaded[0].weight, net[0].weight)
+
+
+@pytest.mark.reference
+def test_what_robustbench_itself_builds_is_loaded(place: Path):
+    """Needs the extra, and no network: the checkpoint is one of random weights, for an entry of its model zoo."""
+    pytest.importorskip("robustbench", reason="the extra robustbench is not installed", exc_type=ImportError)
+    folder = place / "cache/robustbench/cifar10/Linf"
+    folder.mkdir(parents=True)
+    (folder / "Wong2020Fast.pt").touch()
+    with pytest.raises(ValueError, match="could not be made"):  # and now AutoAttack is found
+        load("robustbench:Wong2020Fast", (3, 32, 32), 10)
+    zoo = importlib.import_module("robustbench.model_zoo").model_dicts
+    enums = importlib.import_module("robustbench.model_zoo.enums")
+    net = zoo[enums.BenchmarkDataset.cifar_10][enums.ThreatModel.Linf]["Wong2020Fast"]["model"]()
+    torch.save(net.state_dict(), folder / "Wong2020Fast.pt")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load("robustbench:Wong2020Fast", (3, 32, 32), 10)(x), net.eval()(x))
 
 
 def test_no_checkpoint_of_robustbench_runs_code(place: Path, stand_in: ModuleType):
