@@ -1,6 +1,6 @@
 """Adversarial training on what fools other models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,10 +21,14 @@ class Ensemble(AdversarialRecipe):
     """Trains on every batch and on what FGSM makes of it, in equal parts (Tramer et al., 2018, section 3.4).
 
     Each batch draws the model that FGSM sees: one of the ``sources``, defenses trained beforehand that change no more,
-    or the model in training. A step leads away from what that model says, be it wrong, so that no step tells the label.
+    or the model in training. A step leads away from what that model says, be it wrong, so that no step tells the label;
+    where it is ``varied``, its size is drawn between 0 and eps as well (per batch; Kurakin et al., 2017,
+    draw one for each image), without which the model reads off how far it has been moved.
     """
 
-    epochs: int = 12
+    epochs: int = 8
+    warmup: int = 2
+    varied: bool = True
     sources: tuple[str, ...] = ("standard@cnn", "standard@mlp")
 
     bibtex: ClassVar[str] = TRAMER_2018
@@ -38,8 +42,10 @@ class Ensemble(AdversarialRecipe):
         crafters = [*map(lab.sources, self.sources), model]
 
         def loss(x: Tensor, y: Tensor, noise: Noise, epoch: float) -> tuple[Tensor, Tensor]:
-            threat = self.threat_at(epoch)
-            crafter = crafters[int(noise.at("crafter")[:1].integers(len(crafters), torch.empty(1, 1)))]
+            threat, one = self.threat_at(epoch), torch.empty(1, 1)
+            if self.varied:
+                threat = replace(threat, eps=threat.eps * float(noise.at("eps")[:1].uniform(one)))
+            crafter = crafters[int(noise.at("crafter")[:1].integers(len(crafters), one))]
             with torch.no_grad():
                 said = Goal(crafter(x).argmax(1))
             logits = model(ascend(input_gradient(crafter, said.cross_entropy), x, x, threat, 1, threat.eps))

@@ -44,7 +44,7 @@ def stepped(model: nn.Module, eps: float) -> Tensor:
 
 
 def recipe(more: str = ""):
-    return make("defense", f"ensemble:eps=0.2,warmup=2,epochs=4,sources=(one,two){more}")
+    return make("defense", f"ensemble:eps=0.2,warmup=2,epochs=4,varied=false,sources=(one,two){more}")
 
 
 def test_a_batch_is_crafted_on_one_model_drawn_by_its_key_and_counts_half(lab: Lab):
@@ -63,6 +63,18 @@ def test_a_batch_is_crafted_on_one_model_drawn_by_its_key_and_counts_half(lab: L
         torch.testing.assert_close(value, (clean + F.cross_entropy(logits, Y)) / 2)
         assert torch.equal(loss(X, Y, noise, 1.0)[1], logits)
     assert min(drawn[name] for name in crafted) >= 10
+
+
+def test_a_varied_step_is_of_any_size_up_to_eps(lab: Lab):
+    model, sizes = net(), []
+    loss = recipe().objective(model, lab)
+    varied = replace(recipe(), varied=True).objective(model, lab)
+    for key in range(40):
+        noise = lab.noise.at("epoch", key)
+        share = float(noise.at("eps")[:1].uniform(torch.empty(1, 1)))
+        assert torch.equal(varied(X, Y, noise, 2.0)[1], loss(X, Y, noise, 2.0 * share)[1])
+        sizes.append(share)
+    assert min(sizes) < 0.1 < 0.9 < max(sizes)
 
 
 def test_eps_begins_at_nothing(lab: Lab):
@@ -118,7 +130,7 @@ def test_it_pays_against_transfer_from_a_model_that_it_never_met(tmp_path: Path,
             trained.append(name)
 
     shop = Workshop("digits", (1, 8, 8), 10, model="mlp", progress=watch)
-    quick, told = "standard:epochs=3,rate=0.003", "epochs=6,rate=0.003,eps=0.2,warmup=2"
+    quick, told = "standard:epochs=3,rate=0.003", "epochs=6,rate=0.003,eps=0.2,warmup=3"
     specs = [f"fgsm-training:{told}", f"ensemble:{told},sources=({quick}@cnn,{quick}@mlp)"]
     models = [shop.subject(text).model for text in specs]
     assert trained == [specs[0], f"{quick}@cnn", f"{quick}@mlp", specs[1]]
