@@ -131,7 +131,7 @@ def test_it_pays_against_transfer_from_a_model_that_it_never_met(tmp_path: Path,
 
     shop = Workshop("digits", (1, 8, 8), 10, model="mlp", progress=watch)
     quick, told = "standard:epochs=3,rate=0.003", "epochs=6,rate=0.003,eps=0.2,warmup=3"
-    specs = [f"fgsm-training:{told}", f"ensemble:{told},sources=({quick}@cnn,{quick}@mlp)"]
+    specs = [f"fgsm-training:{told}", f"ensemble:{told},varied=false,sources=({quick}@cnn,{quick}@mlp)"]
     models = [shop.subject(text).model for text in specs]
     assert trained == [specs[0], f"{quick}@cnn", f"{quick}@mlp", specs[1]]
     held = [
