@@ -22,7 +22,7 @@ class Ensemble(AdversarialRecipe):
 
     Each batch draws the model that FGSM sees: one of the ``sources``, defenses trained beforehand that change no more,
     or the model in training. A step leads away from what that model says, be it wrong, so that no step tells the label;
-    where it is ``varied``, its size is drawn as well, between 0 and eps (Kurakin et al., 2017, draw one for each image).
+    where it is ``varied``, its size is drawn too, between 0 and eps (Kurakin et al., 2017, draw one for each image).
     """
 
     epochs: int = 8
