@@ -205,7 +205,7 @@ def steady(model: Defended, x: Tensor, precision: Precision = "float32") -> int:
             answers = torch.cat([model.answer(piece.clone(), noise=part) for piece, part in zip(pieces, parts)])
             return torch.equal(answers, whole[: len(answers)])
 
-        for least in (ROUND, 2 * ROUND, 4 * ROUND, 8 * ROUND):
+        for least in (ROUND, 2 * ROUND, 4 * ROUND):
             if same(least) and same(least + 5):  # one a multiple of what a processor's registers hold, and one not
                 return least
     return CACHED
