@@ -24,11 +24,11 @@ class CrownIBP(WarmRecipe):
     it begins with the weights of ``ibp``, the ball grows meanwhile, as it does there.
     """
 
-    epochs: int = 15
+    epochs: int = 20
     warmup: int = 2  # a step of it takes eight times what a later one takes
     rate: float = 5e-4
-    stretch: float = 1.1
-    kappa: float = 0.3
+    stretch: float = 1.15
+    kappa: float = 0.1
     beta: float = 0.0
 
     bibtex: ClassVar[str] = ZHANG_2020
