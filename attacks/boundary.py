@@ -1,5 +1,6 @@
 """The boundary attack."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +13,10 @@ from robustbench_lite.problem import Access, Problem
 from robustbench_lite.registry import attack
 from robustbench_lite.threat import ThreatModel
 
-GRAINS = (None, None, None, 8, 8, 4, 4, 2, 2, 1)  # into how many blocks a side a starting image is cut; None: pixels
-CANDIDATES = len(GRAINS)  # that a query carries for each input, in the search for a start and in the walk
-ATTEMPTS = 20  # at finding a start, each with an image of every grain
+CANDIDATES = 10  # that a query carries for each input, in the search for a start and in the walk
+NOISE = (None,) * CANDIDATES  # starting images of a colour for each pixel
+GRAINS = (None, None, None, 8, 8, 4, 4, 2, 2, 1)  # or of so many blocks a side
+ATTEMPTS = 20  # at finding a start
 HALVINGS = 8  # of the way from the input to each start
 CONVERGED = 1e-6  # the step towards the input, relative to its distance, below which a walk ends
 
@@ -29,7 +31,8 @@ class Boundary:
     8 of both together, its quarter of a half. (Along a flat boundary half succeed only as the length tends to 0.)
     Ten candidates are asked about at once, one of them without its second step, to learn the first rate.
 
-    Starts are uniform noise and mosaics of random colours, from 64 blocks down to one: ten at a time, at most 200. They
+    Starts are uniform noise, and where the model takes that for nothing else, mosaics of random colours too, from 64
+    blocks down to one: ten at a time, at most 200. (Walks from a mosaic, though it lies nearer, end farther away.) They
     know nothing of the data, so that a target may be met by none of them: such an input is given up.
 
     ``queries`` bounds the forwards that an input costs.
@@ -40,6 +43,7 @@ class Boundary:
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[str]] = frozenset({"l2"})
     minimises: ClassVar[bool] = True
+    version: ClassVar[int] = 2
     bibtex: ClassVar[str] = """@inproceedings{brendel2018decision,
   title     = {Decision-Based Adversarial Attacks: Reliable Attacks Against Black-Box Machine Learning Models},
   author    = {Wieland Brendel and Jonas Rauber and Matthias Bethge},
@@ -74,18 +78,19 @@ class Boundary:
             seeking = problem[problem.open & problem.distance.isinf()]
             if not len(seeking):
                 return
-            starts = _mosaics(seeking.noise.at("start", attempt), seeking.x, seeking.threat)
+            grains = GRAINS if attempt else NOISE
+            starts = _mosaics(seeking.noise.at("start", attempt), seeking.x, seeking.threat, grains)
             seeking.labels(starts)
             found = seeking.distance.isfinite()
             _bisect(seeking[found], starts[found])
         problem.give_up(problem.distance.isinf(), "no start found")
 
 
-def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel) -> Tensor:
-    """An image of random blocks for every grain: (B, K, ...)."""
+def _mosaics(noise: Noise, x: Tensor, threat: ThreatModel, grains: Sequence[int | None]) -> Tensor:
+    """An image of random blocks for every grain, how many a side (None: pixels): (B, K, ...)."""
     planes = x if x.dim() == 4 else x.flatten(1)[:, None, None]
     images = []
-    for k, grain in enumerate(GRAINS):
+    for k, grain in enumerate(grains):
         sides = [min(grain or side, side) for side in planes.shape[2:]]
         blocks = noise.at(k).uniform(planes.new_empty(*planes.shape[:2], *sides))
         images.append(F.interpolate(blocks, planes.shape[2:]).view_as(x))

@@ -87,7 +87,7 @@ def test_an_input_without_a_start_is_unknown_and_costs_no_more():
     assert (outcome.distance[:10] < 0.21).all()
 
 
-@pytest.mark.parametrize("queries", [90, 135, 400])
+@pytest.mark.parametrize("queries", [100, 135, 400])
 def test_no_input_costs_more_than_was_allowed(queries):
     x = torch.rand(40, 12, generator=torch.Generator().manual_seed(0)) * 0.3
     y = torch.zeros(40, dtype=torch.long)
