@@ -39,6 +39,7 @@ COMMANDS = {
         "strength/zoo.py --weights {mnist_cnn}",
         "strength/one_pixel.py --weights {cifar_cnn} --data-dir {data} --alone",
         "strength/one_pixel.py --weights {cifar_cnn} --data-dir {data} --population 100 --generations 20",
+        "strength/one_pixel.py --weights {cifar_cnn} --data-dir {data} --population 100 --generations 20 --base best",
         "strength/patch.py --data-dir {data}",
         "strength/ensemble.py --data-dir {data}",
         "strength/parseval.py",

@@ -31,20 +31,21 @@ def rastrigin(z):
 
 
 @pytest.mark.parametrize("valley", [sphere, rosenbrock, rastrigin])
-def test_finds_the_minima_that_scipys_evolution_finds(valley):
+@pytest.mark.parametrize("from_best", [False, True])
+def test_finds_the_minima_that_scipys_evolution_finds(valley, from_best: bool):
     optimize, stats = pytest.importorskip("scipy.optimize"), pytest.importorskip("scipy.stats")
     seeds, members, generations, size = 30, 24, 25, 3
     noise = Noise(0, torch.arange(seeds))
     start = noise.at("start").uniform(torch.empty(seeds, members, size, dtype=torch.float64))
     genes, fitness = start, -valley(start)
     for generation in range(generations):
-        genes, fitness = evolve(genes, fitness, lambda z: -valley(z), noise.at(generation), 0.5)
+        genes, fitness = evolve(genes, fitness, lambda z: -valley(z), noise.at(generation), 0.5, from_best)
     ours = -fitness.amax(1).numpy()
     theirs = [
         optimize.differential_evolution(
             lambda z: valley(z.T),
             [(0, 1)] * size,
-            strategy="rand1bin",
+            strategy="best1bin" if from_best else "rand1bin",
             mutation=0.5,
             recombination=1.0,
             maxiter=generations,

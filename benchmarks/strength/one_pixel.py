@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="a CIFAR-10 net, beside the shipped MNIST net")
     parser.add_argument("--model", default="cnn-large", help="the architecture of --weights")
     parser.add_argument("--data-dir", type=Path, help="where CIFAR-10 is")
+    parser.add_argument("--base", default="random", help="what children start from: random, as in the paper, or best")
     parser.add_argument("--alone", action="store_true", help="leave torchattacks out")
     options = parser.parse_args()
-    size = f"population={options.population},generations={options.generations}"
+    size = f"population={options.population},generations={options.generations},base={options.base}"
     attack = make("attack", f"one-pixel:{size}")
     print(f"one-pixel:{size}, {options.images} correctly classified images, torch {torch.__version__}\n")
     print("| net | pixels | one-pixel | exhaustive corners | found by these alone | torchattacks | queries an image |")
