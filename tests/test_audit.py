@@ -311,7 +311,7 @@ def test_flags_go_to_their_own_row():
     assert board.set_index("eps")["flags"].to_dict() == {0.05: "", 0.1: "one-step"}
 
 
-@pytest.mark.parametrize("defense", ["standard", "madry"])
+@pytest.mark.parametrize("defense", ["standard", "madry", "crown-ibp"])
 def test_shipped_models_at_their_customary_eps_are_not_flagged(defense: str, tmp_path: Path):
     attacks = ["fgsm", "pgd:steps=6", "apgd:steps=6", "square:queries=20"]
     results = benchmark(attacks, [defense], n=100, out=tmp_path)
