@@ -32,8 +32,8 @@ class Boundary:
     Ten candidates are asked about at once, one of them without its second step, to learn the first rate.
 
     Starts are uniform noise, and where the model takes that for nothing else, mosaics of random colours too, from 64
-    blocks down to one: ten at a time, at most 200. (A mosaic lies nearer, but most walks from one end farther away.) They
-    know nothing of the data, so that a target may be met by none of them: such an input is given up.
+    blocks down to one: ten at a time, at most 200. (A mosaic lies nearer, but most walks from one end farther away.)
+    Starts know nothing of the data, so that a target may be met by none of them: such an input is given up.
 
     ``queries`` bounds the forwards that an input costs.
     """
