@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -152,17 +152,6 @@ def ask_finally(model: Defended, x: Tensor, batch: int, noise: Noise) -> Tensor:
         votes = nn.functional.one_hot(answers.argmax(1), answers.shape[1]).to(answers)
         shares.append(votes.where(answers.isfinite().all(1, keepdim=True), torch.nan))
     return torch.stack(shares).mean(0)
-
-
-def known_precision(text: str) -> Precision:
-    """The precision of that name.
-
-    Raises:
-        ValueError: for another name.
-    """
-    if text not in get_args(Precision):
-        raise ValueError(f"precision is {' or '.join(get_args(Precision))}, not {text!r}")
-    return cast(Precision, text)
 
 
 def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[object]:

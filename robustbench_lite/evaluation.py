@@ -21,11 +21,10 @@ from robustbench_lite.defended import (
     ask,
     ask_finally,
     device_of,
-    known_precision,
     no_sources,
     steady,
 )
-from robustbench_lite.layout import Layout, channels_last, known_layout
+from robustbench_lite.layout import Layout, channels_last
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import (
@@ -44,7 +43,7 @@ from robustbench_lite.outcome import (
 from robustbench_lite.plugins import Attack, Certifier, Learner, crafted, learns
 from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
-from robustbench_lite.wording import one_line
+from robustbench_lite.wording import one_line, require_one_of
 
 REASON = 200  # characters that a reason keeps
 Target = int | Literal["next", "random", "least-likely"]
@@ -82,6 +81,8 @@ def evaluate(
         ValueError: where a model's answers are no logits for these labels, the attack does not know the norm, or it
             wants a source that is not given.
     """
+    require_one_of("precision", precision, Precision)
+    require_one_of("layout", layout, Layout)
     attack = registry.make("attack", attack) if isinstance(attack, str) else attack
     threat = ThreatModel.parse(threat) if isinstance(threat, str) else threat
     require_norm("attack", attack, threat)
@@ -92,14 +93,14 @@ def evaluate(
     if not adaptive and not isinstance(defended.model, Defended):
         raise ValueError("there is no wrapper that the attack could be blind to")
     with frozen(defended):
-        classes = check(defended, x, y, threat, known_precision(precision))
+        classes = check(defended, x, y, threat, precision)
         sources = checked(sources, classes, x, y, threat, precision)
         if crafted(attack):
             sources(attack.source)  # what is wrong with it is the person's to know, and no result
         bench = Bench(defended, threat, classes, seed, target, batch, keep_all, adaptive, sources, eot, precision)
         if not adaptive:
             check(bench.known, x, y, threat, precision)
-        bench = laid_out(bench, known_layout(layout), x, y)
+        bench = replace(bench, asked=laid_out(bench.known, layout, x, y, threat, precision))
         rows = torch.arange(first_row, first_row + len(x))
         pieces = zip(x.split(bench.stride), y.split(bench.stride), rows.split(bench.stride))
         outcome = Outcome.join([part for piece in pieces for part in bench.run(attack, *piece)])
@@ -221,17 +222,19 @@ def checked(
     return source
 
 
-def laid_out(bench: "Bench", layout: Layout, x: Tensor, y: Tensor) -> "Bench":
-    """The bench where attacks ask a model of that ``layout``, and the one that they know judges as before.
+def laid_out(
+    model: Defended, layout: Layout, x: Tensor, y: Tensor, threat: ThreatModel, precision: Precision
+) -> Defended | None:
+    """A copy of that ``layout``, looked at as the model is; None for the model as it was built.
 
     Raises:
         ValueError: as :func:`channels_last` does.
     """
     if layout == "as-built":
-        return bench
-    asked = channels_last(bench.known, x[:32].to(device_of(bench.known)))
-    check(asked, x, y, bench.threat, bench.precision)
-    return replace(bench, asked=asked)
+        return None
+    laid = channels_last(model, x[:32].to(device_of(model)))
+    check(laid, x, y, threat, precision)
+    return laid
 
 
 def predicted(model: Defended, answers: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from robustbench_lite import data, registry
 from robustbench_lite.certifying import Court
-from robustbench_lite.defended import Defended, Precision, known_precision
+from robustbench_lite.defended import Defended, Precision
 from robustbench_lite.evaluation import Bench, Target, check, checked, frozen, laid_out
-from robustbench_lite.layout import Layout, known_layout
+from robustbench_lite.layout import Layout
 from robustbench_lite.norms import NORMS
 from robustbench_lite.outcome import Outcome, Unfinished
 from robustbench_lite.plugins import Attack, Certifier, Learner, Plugin
@@ -26,7 +26,7 @@ from robustbench_lite.problem import Access
 from robustbench_lite.store import Chunk
 from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject, Workshop
-from robustbench_lite.wording import one_line
+from robustbench_lite.wording import one_line, require_one_of
 
 Span = tuple[int, int]  # of rows: from, and up to
 Answer = Chunk | NDArray[Any] | Lost  # an array is what was learned
@@ -77,8 +77,8 @@ class Station:
     kept: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        known_precision(self.precision)
-        known_layout(self.layout)
+        require_one_of("precision", self.precision, Precision)
+        require_one_of("layout", self.layout, Layout)
         if self.eot is not None and self.eot < 1:
             raise ValueError(f"eot must be 1 or more, not {self.eot}")
 
@@ -137,7 +137,7 @@ class Station:
             bench = Bench(subject.model, threat, classes, *settings, sources, self.eot, self.precision)
             if not adaptive:
                 self._check(bench.known, threat)
-            return laid_out(bench, self.layout, x, y)
+            return replace(bench, asked=self._asked(bench.known, threat)) if hasattr(plugin, "access") else bench
 
     def packed(self) -> Callable[[int], Station]:
         """What makes this station again in a process of that number.
@@ -149,6 +149,13 @@ class Station:
         return partial(
             _unpacked, registry.files(), packed(replace(self, workshop=self.workshop.abroad(), images=images))
         )
+
+    def _asked(self, model: Defended, threat: ThreatModel) -> Defended | None:
+        """Who answers attacks in the model's place, if anybody does; the last is remembered."""
+        if model not in self.kept.get("asked", ()):
+            laid = laid_out(model, self.layout, self.images.x, self.images.y, threat, self.precision)
+            self.kept["asked"] = {model: laid}
+        return cast(Defended | None, self.kept["asked"][model])
 
     def _check(self, model: Defended, threat: ThreatModel) -> int:
         """How many classes the model knows, which are no more than a data set of ours has; the last is remembered."""

@@ -1,6 +1,6 @@
 """Classifiers from ONNX, timm and RobustBench."""
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +153,24 @@ def test_a_robustbench_model_is_loaded_from_its_checkpoint(place: Path, stand_in
     loaded = load("robustbench:cifar10/L2/Mine", (3, 32, 32), 10)
     assert not loaded.training
     assert torch.equal(loaded[0].weight, net[0].weight)
+
+
+def test_autoattack_is_found_by_the_name_that_robustbench_imports(
+    place: Path, stand_in: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    package = place / "library/pyautoattack"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "state.py").write_text("HERE = True")
+    monkeypatch.syspath_prepend(package.parent)
+    known = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "autoattack" else known(name))
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    folder = place / "cache/robustbench/cifar10/Linf"
+    folder.mkdir(parents=True)
+    torch.save(build("cnn", (3, 32, 32), 10).state_dict(), folder / "Mine.pt")
+    load("robustbench:Mine", (3, 32, 32), 10)
+    assert importlib.import_module("autoattack.state").HERE
 
 
 @pytest.mark.reference

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite import cli
+from robustbench_lite import cli, evaluation
 from robustbench_lite.defended import Defended
-from robustbench_lite.evaluation import Bench, check, evaluate, laid_out
+from robustbench_lite.evaluation import Bench, check, evaluate
 from robustbench_lite.layout import channels_last
 from robustbench_lite.matrix import benchmark
 from robustbench_lite.models import build
@@ -98,16 +98,20 @@ def test_a_network_that_answers_otherwise_is_refused():
         channels_last(Defended(Lying().eval()), torch.rand(4, 3, 8, 8))
 
 
+class Turned(Defended):
+    """Says the opposite."""
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        return -super().forward(x, noise)
+
+
 def test_the_model_as_it_is_judges():
     """The one that is asked calls every input broken; the one that judges, none."""
     net, x, y = convolutional(20)
     threat = ThreatModel.parse("linf:1e-6")
-    bench = Bench(Defended(net), threat, check(Defended(net), x, y, threat))
-    assert laid_out(bench, "as-built", x, y) is bench
-    laid = laid_out(bench, "channels-last", x, y)
-    assert laid.asked is not None
-    laid.asked.forward = lambda x, noise=None: -net(x)  # type: ignore[method-assign]
-    problem = laid.problem(x, Goal(y), threat, Noise(0, torch.arange(20)), "labels", minimises=False)
+    model = Defended(net)
+    bench = Bench(model, threat, check(model, x, y, threat), asked=Turned(net))
+    problem = bench.problem(x, Goal(y), threat, Noise(0, torch.arange(20)), "labels", minimises=False)
     assert (problem.labels(x) != y).all()
     assert problem.open.all()
 
@@ -129,6 +133,16 @@ def test_a_run_of_another_layout_is_another_attack_of_the_same_row(tmp_path: Pat
     assert [entry.attack for entry in laid.entries] == ["pgd:steps=3 (channels-last)"]
     with pytest.raises(ValueError, match="layout is as-built or channels-last, not 'nhwc'"):
         benchmark("pgd", out=tmp_path, model=model, layout="nhwc", **SETTINGS)
+
+
+def test_the_copy_is_made_once_a_model_and_not_for_proofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(evaluation, "channels_last", lambda model, x: made.append(model) or channels_last(model, x))
+    settings = {**SETTINGS, "model": build("cnn", (1, 8, 8), 10), "layout": "channels-last"}
+    benchmark([], certifiers=["ibp"], out=tmp_path, **settings)
+    assert not made
+    benchmark(["pgd:steps=1", "fgsm"], out=tmp_path, **settings)
+    assert len(made) == 1
 
 
 def test_on_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
