@@ -107,3 +107,18 @@ def test_a_walk_that_has_converged_ends():
 def test_too_few_queries_are_refused():
     with pytest.raises(ValueError, match="boundary: queries must be 90 or more"):
         make("attack", "boundary:queries=89")
+
+
+def test_mosaics_are_asked_about_only_where_no_noise_is_a_start(monkeypatch: pytest.MonkeyPatch):
+    """Inputs of 16 pixels whose first candidates are noise, all pixels different; a mosaic repeats some."""
+    asked = []
+    monkeypatch.setattr(Problem, "labels", lambda self, x, ask=Problem.labels: asked.append(x) or ask(self, x))
+    x, y = torch.full((3, 1, 4, 4), 0.2), torch.zeros(3, dtype=torch.long)
+
+    def repeats(starts: torch.Tensor) -> bool:
+        return any(len(start.unique()) < 16 for start in starts.flatten(0, 1))
+
+    evaluate(
+        Boundary(queries=200), torch.nn.Sequential(torch.nn.Flatten(), bright(16, 0.95)), x, y, ANYWHERE
+    )  # no noise is as bright as that
+    assert [repeats(starts) for starts in asked[:2]] == [False, True]
