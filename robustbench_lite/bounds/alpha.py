@@ -10,22 +10,29 @@ from robustbench_lite.bounds.graph import Graph
 from robustbench_lite.bounds.linear import Bounds, Free
 from robustbench_lite.bounds.relax import Interval
 
-DECAY = 0.98  # of the rate after every iteration
+DECAY = 0.95  # of the rate after every iteration
 
 
 def optimised(
-    graph: Graph, ball: Ball, functions: Tensor, iterations: int = 20, rate: float = 0.1, batch: int = 8
+    graph: Graph,
+    ball: Ball,
+    functions: Tensor,
+    iterations: int = 12,
+    rate: float = 0.2,
+    batch: int = 8,
+    enough: float = torch.inf,
 ) -> Tensor:
     """Lower bounds (B, S) on linear functions (B, S, ...) of the output: the best seen while Adam raises their sum.
 
     Every bounded function has lower slopes of its own, those of intermediate bounds included. They begin as adaptive
-    slopes, whose bounds are never undercut. ``batch`` inputs are worked on at once; not differentiable.
+    slopes, whose bounds are never undercut. ``batch`` inputs are worked on at once; those of one input are left as they
+    are once all lie above ``enough``. Not differentiable.
     """
     pieces = zip(ball.x.split(batch), functions.split(batch))
-    return torch.cat([_best(graph, Ball(x, ball.threat), part, iterations, rate) for x, part in pieces])
+    return torch.cat([_best(graph, Ball(x, ball.threat), part, iterations, rate, enough) for x, part in pieces])
 
 
-def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: float) -> Tensor:
+def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: float, enough: float) -> Tensor:
     with torch.no_grad():
         bounds = Bounds(graph, ball)
         best = bounds.lower(functions)
@@ -35,7 +42,9 @@ def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: fl
         with torch.enable_grad():
             bounds = Bounds(graph, ball, free=free, within=within)
             found = bounds.lower(functions)
-        best = torch.maximum(best, found.detach())
+        best = torch.where(best.amin(1, keepdim=True) > enough, best, torch.maximum(best, found.detach()))
+        if (best > enough).all():
+            break
         shares = list(free.shares.values())
         if not shares:
             break

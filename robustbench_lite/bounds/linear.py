@@ -154,7 +154,9 @@ class Bounds:
         if self._free is not None and isinstance(node.op, Rectifier):
             key = start[0].index, start[1], node.index
             least = node.op.slope
-            share = self._free.shares.setdefault(key, (below > least).to(below.dtype).requires_grad_())
+            if key not in self._free.shares:  # a batch of one has its slopes once, for all functions
+                self._free.shares[key] = (below > least).to(values.dtype).expand_as(values).clone().requires_grad_()
+            share = self._free.shares[key]
             change = torch.where(above_offset > 0, least + (1 - least) * share - below, 0)
             below, gap = below + change, gap - change
         offset = dot(negative, above_offset)
