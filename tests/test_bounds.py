@@ -260,17 +260,18 @@ def test_methods_are_in_order_and_agree_without_a_perturbation(structure):
     assert structure == "pooled" or optimal.mean() > crown.mean() + 1e-4
 
 
-def test_what_is_proved_is_left_as_it_is_whatever_else_is_in_its_batch():
+def test_what_is_proved_or_hopeless_is_left_as_it_is_whatever_else_is_in_its_batch():
     model, x, y = network("dense", seed=3), inputs(30), torch.arange(30) % 3
-    graph, functions, ball = trace(model, SHAPE), differences(y, 3), Ball(x, threat(eps=0.02))
+    graph, functions, ball = trace(model, SHAPE), differences(y, 3), Ball(x, threat(eps=0.1))
     enough = Bounds(graph, ball).lower(functions).amin(1).median().item() + 1e-6
     every = optimised(graph, ball, functions)
     left = optimised(graph, ball, functions, enough=enough)
     torch.testing.assert_close(optimised(graph, ball, functions, batch=1, enough=enough), left)
+    assert (left <= every + 1e-9).all()
     proved = every.amin(1) > enough
     assert torch.equal(left.amin(1) > enough, proved)
-    assert (left < every - 1e-4)[proved].any(), "nothing was saved"
-    torch.testing.assert_close(left[~proved], every[~proved])
+    for which in (proved, ~proved):
+        assert (left < every - 1e-6)[which].any(), "nothing was saved"
 
 
 @pytest.mark.parametrize("name", METHODS)

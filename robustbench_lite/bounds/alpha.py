@@ -20,30 +20,37 @@ def optimised(
     iterations: int = 12,
     rate: float = 0.2,
     batch: int = 8,
-    enough: float = torch.inf,
+    enough: float | None = None,
 ) -> Tensor:
     """Lower bounds (B, S) on linear functions (B, S, ...) of the output: the best seen while Adam raises their sum.
 
     Every bounded function has lower slopes of its own, those of intermediate bounds included. They begin as adaptive
-    slopes, whose bounds are never undercut. ``batch`` inputs are worked on at once; those of one input are left as they
-    are once all lie above ``enough``. Not differentiable.
+    slopes, whose bounds are never undercut. ``batch`` inputs are worked on at once. Not differentiable.
+
+    If it is known what is ``enough``, an input is left once all of its bounds lie above, and given up once half of the
+    iterations are over and the pace of the last one, kept up, would not bring them there.
     """
     pieces = zip(ball.x.split(batch), functions.split(batch))
     return torch.cat([_best(graph, Ball(x, ball.threat), part, iterations, rate, enough) for x, part in pieces])
 
 
-def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: float, enough: float) -> Tensor:
+def _best(graph: Graph, ball: Ball, functions: Tensor, iterations: int, rate: float, enough: float | None) -> Tensor:
     with torch.no_grad():
         bounds = Bounds(graph, ball)
         best = bounds.lower(functions)
     free, moments = Free(), list[tuple[Tensor, Tensor]]()
+    done = torch.zeros(len(best), dtype=torch.bool, device=best.device)
     for iteration in range(iterations):
         within = [Interval(lower.detach(), upper.detach()) for lower, upper in bounds.intervals]
         with torch.enable_grad():
             bounds = Bounds(graph, ball, free=free, within=within)
             found = bounds.lower(functions)
-        best = torch.where(best.amin(1, keepdim=True) > enough, best, torch.maximum(best, found.detach()))
-        if (best > enough).all():
+        before, best = best.amin(1), torch.where(done.unsqueeze(1), best, torch.maximum(best, found.detach()))
+        if enough is not None:
+            least = best.amin(1)
+            at_this_pace = least + (least - before) * (iterations - 1 - iteration)
+            done |= (least > enough) | (2 * iteration >= iterations) & (at_this_pace <= enough)
+        if done.all():
             break
         shares = list(free.shares.values())
         if not shares:
