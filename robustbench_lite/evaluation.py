@@ -1,9 +1,10 @@
 """One attack against one defended model: the attack proposes, this module judges."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, cast
 
@@ -263,6 +264,13 @@ def predict(model: Defended, x: Tensor, noise: Noise, batch: int) -> Tensor:
     return logits
 
 
+@dataclass
+class Room:
+    """How many inputs at once fit in the device's memory, as far as is known."""
+
+    inputs: int = sys.maxsize
+
+
 @dataclass(frozen=True)
 class Bench:
     """A defended model set up to be attacked, piece by piece; unless ``adaptive`` by one who is blind to its last
@@ -280,6 +288,7 @@ class Bench:
     eot: int | None = None
     precision: Precision = "float32"
     asked: Defended | None = None  # answers the attack's queries in place of the model that it is run on
+    room: Room = field(default_factory=Room, compare=False)
 
     @property
     def known(self) -> Defended:
@@ -323,22 +332,28 @@ class Bench:
 
     def run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
         """Attacks inputs at once; after an error chunk by chunk, so that one bad input costs its own chunk only, and in
-        halves where they do not fit in the device's memory."""
+        pieces half as large, from then on, where they do not fit in the device's memory."""
+        if len(rows) > self.room.inputs:
+            return self._piecewise(self.room.inputs, attack, x, y, rows)
         try:
             outcome = self._run(attack, x, y, rows)
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise
-            torch.cuda.empty_cache()  # does nothing where there is no such device
-            parts = ((len(rows) + 1) // 2, len(rows) // 2)
-            halves = zip(x.split(parts), y.split(parts), rows.split(parts))
-            return [outcome for half in halves for outcome in self.run(attack, *half)]
+            outcome = None  # tried again outside, where the error no longer keeps what filled the memory
         except Unfinished as error:  # of a black box
             outcome = _unanswered(x, y, rows, f"{ERROR}{one_line(error)}"[:REASON])
+        if outcome is None:
+            torch.cuda.empty_cache()  # does nothing where there is no such device
+            self.room.inputs = (len(rows) + 1) // 2
+            return self.run(attack, x, y, rows)
         if len(rows) > CHUNK and any(reason.startswith(ERROR) for reason in outcome.reason):
-            pieces = zip(x.split(CHUNK), y.split(CHUNK), rows.split(CHUNK))
-            return [outcome for piece in pieces for outcome in self.run(attack, *piece)]
+            return self._piecewise(CHUNK, attack, x, y, rows)
         return [outcome]
+
+    def _piecewise(self, size: int, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> list[Outcome]:
+        pieces = zip(x.split(size), y.split(size), rows.split(size))
+        return [outcome for piece in pieces for outcome in self.run(attack, *piece)]
 
     def _run(self, attack: Attack, x: Tensor, y: Tensor, rows: Tensor) -> Outcome:
         began, count = time.perf_counter(), len(x)

@@ -27,7 +27,7 @@ from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
 from robustbench_lite.pool import Pool
-from robustbench_lite.runner import BATCH, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
+from robustbench_lite.runner import BATCH, ROOMY, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
 from robustbench_lite.store import Store
 from robustbench_lite.tasks import Answer, Executor, Here, Station, Task
 from robustbench_lite.threat import ThreatModel
@@ -256,7 +256,8 @@ def benchmark(
         raise ValueError("rate and queries are kept by one process: leave out workers, ray, timeout and isolate")
     store = Store(Path(out), watcher.note)
     store.prepare()
-    station = Station(workshop, images, seed, target, batch or BATCH, keep_all, radius, threads, eot, precision, layout)
+    batch = batch or (BATCH if workshop.device.type == "cpu" else ROOMY)
+    station = Station(workshop, images, seed, target, batch, keep_all, radius, threads, eot, precision, layout)
     with computing(threads), Claims() as claims, _executor(station, processes, workers, ray) as executor:
         wanted = wanted.with_sources(station.source, watcher.note)
         watcher.planned(len(wanted) * len(images))
