@@ -187,9 +187,10 @@ class Problem:
             raise ValueError(f"asked about inputs of shape {tuple(x.shape)} in a batch of {tuple(self._clean.shape)}")
         draws = self._eot if differentiable else 1
         sent = self._sendable(candidates.shape[1], draws)
-        everything = bool(sent.all())
-        flat = candidates.flatten(0, 1) if everything else candidates[sent]
-        owners = sent.nonzero()[:, 0]
+        chosen = sent.flatten().nonzero()[:, 0]
+        flat, everything, owners = candidates.flatten(0, 1), len(chosen) == sent.numel(), chosen // sent.shape[1]
+        if not everything:
+            flat = flat.index_select(0, chosen)
         noise = self._fresh(sent, draws) if self._model.stochastic else None
         self._ledger.forwards[self._rows] += draws * sent.sum(1)
         if not len(flat):
@@ -204,7 +205,7 @@ class Problem:
                 answers = self._seen(ask(self._model, flat, self._batch, False, noise, self._precision), owners)
         self._remember(flat.detach(), answers.detach(), owners)
         if not everything:
-            answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_put((sent.flatten(),), answers)
+            answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_copy(0, chosen, answers)
         return answers if alone else answers.view(*sent.shape, self.classes)
 
     def _seen(self, answers: Tensor, owners: Tensor) -> Tensor:
