@@ -176,7 +176,7 @@ def _falsifier(proof: Proof, rows: NDArray[np.int64]) -> Entry:
     nothing = np.zeros(len(found), np.int64)
     return Entry(
         **{field.name: getattr(proof, field.name) for field in fields(Setting)},
-        attack=proof.certifier,
+        attack=f"{proof.certifier} (counterexamples)",
         outcome=Outcome(
             row=found.row,
             label=found.label,
