@@ -43,6 +43,7 @@ COMMANDS = {
         "strength/patch.py --data-dir {data}",
         "strength/ensemble.py --data-dir {data}",
         "strength/parseval.py",
+        "strength/smoothing.py --workers 2",
     ],
 }
 FILES = {
