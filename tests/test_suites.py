@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from robustbench_lite import cli, forecast, suites
 from robustbench_lite.leaderboard import LEADERBOARD
 from robustbench_lite.matrix import benchmark, load, prepare
+from robustbench_lite.runner import Watcher
 from tests.outcomes import made
 
 ROOT = Path(__file__).parents[1]
@@ -499,3 +500,24 @@ def test_an_estimate_is_from_what_is_stored_else_from_a_few_inputs(place, monkey
     stored = benchmark(**asked | {"n": 100}, seed=3).entries[0].outcome.forwards.mean()
     assert 0 < stored < 6
     assert (pgd().missing, pgd().seconds) == (20, pytest.approx(20 * stored))
+
+
+def test_certifiers_are_tried_on_every_model_and_attacks_on_one(place):
+    asked = suites.load("smoke").asked(suites.load("smoke").block[0])
+    asked |= {
+        "attacks": "fgsm",
+        "defenses": ["madry", "standard"],
+        "certifiers": "ibp",
+        "threats": ["linf:0.1"],
+        "n": 20,
+    }
+    notes: list[str] = []
+
+    class Told(Watcher):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    assert len([*forecast.forecast(seed=0, out="runs", watcher=Told(), **asked)]) == 4
+    tried = [note.removesuffix(", on a few inputs") for note in notes]
+    certified = [f"trying ibp under linf:0.1 on {defense}" for defense in ("madry:eps=0.3", "standard")]
+    assert sorted(tried) == sorted(["trying fgsm under linf:0.1", *certified])
