@@ -140,7 +140,7 @@ class Results:
             ValueError: for a file of another kind, or one that cannot be written.
         """
         kind = curves.format_of(path)
-        with _replacing(Path(path)) as part:
+        with replacing(Path(path)) as part:
             curves.plot(self.curves(), part, kind)
 
     def save_patch(self, path: str | Path) -> str:
@@ -158,7 +158,7 @@ class Results:
         levels = np.rint(255 * np.clip(cast("NDArray[np.float32]", first.learned), 0, 1)).astype(np.uint8)
         if levels.ndim != 3 or len(levels) not in (1, 3) or not levels.size:
             raise ValueError(f"what {first.attack} has learned is no image that PNG can hold: {levels.shape}")
-        with _replacing(Path(path)) as part:
+        with replacing(Path(path)) as part:
             Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(part, "png")
         which = f"{first.attack} on {first.defense}, {first.norm} {first.eps:g}"
         return which if count == 1 else f"{which} (the first of {count} patches)"
@@ -172,7 +172,7 @@ class Results:
         }
         columns["x"] = np.concatenate([entry.outcome.images for entry in self.entries])
         columns["row"] = np.concatenate([entry.outcome.imaged for entry in self.entries])
-        with _replacing(Path(path)) as part, part.open("wb") as file:
+        with replacing(Path(path)) as part, part.open("wb") as file:
             np.savez_compressed(file, **columns)
 
 
@@ -368,7 +368,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     Raises:
         ValueError: where the file cannot be written.
     """
-    with _replacing(path) as part:
+    with replacing(path) as part:
         frame.to_csv(part, index=False, lineterminator="\n")
 
 
@@ -378,7 +378,7 @@ def write_table(board: pd.DataFrame, path: Path) -> None:
     Raises:
         ValueError: where the file cannot be written.
     """
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(exports.text(board, path), "utf-8", newline="\n")
 
 
@@ -388,7 +388,7 @@ def write_html(parts: Sequence[report.Part], path: Path, data_dir: Path | None) 
     Raises:
         ValueError: where the file cannot be written.
     """
-    with _replacing(path) as part:
+    with replacing(path) as part:
         part.write_text(report.html(parts, data_dir), "utf-8", newline="\n")
 
 
@@ -413,13 +413,3 @@ def _in_order(found: Sequence[Found], store: Store) -> Results:
 
 def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """See :func:`robustbench_lite.files.replacing`."""
-    try:
-        with replacing(path) as part:
-            yield part
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

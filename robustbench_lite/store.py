@@ -201,12 +201,9 @@ def _disjoint(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
 @contextmanager
 def _writing(path: Path) -> Iterator[Path]:
     """See :func:`robustbench_lite.files.replacing`; makes the folder too."""
-    try:
+    with replacing(path, "; what was finished before is kept") as part:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            yield part
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; what was finished before is kept") from error
+        yield part
 
 
 def _table(chunk: Chunk) -> NDArray[np.void]:
