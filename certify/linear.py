@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from robustbench_lite.ascent import ascend, customary_length
 from robustbench_lite.bounds import Ball, Bounds, Graph, Unbounded, differences, optimised, trace
 from robustbench_lite.certificate import FALSIFIED, SOUND, Certificate
-from robustbench_lite.defended import Defended
+from robustbench_lite.defended import Defended, ask_finally
 from robustbench_lite.noise import Noise
-from robustbench_lite.norms import by_row
 from robustbench_lite.papers import GOWAL_2018, WONG_2018, ZHANG_2020
+from robustbench_lite.problem import Problem
 from robustbench_lite.registry import certifier
 from robustbench_lite.threat import Goal, ThreatModel
 
@@ -202,8 +203,10 @@ class Best:
 
     def __call__(self, model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> Certificate:
         margin = certificate(model, x, y, threat, interval, through_intervals).margin
-        points, fooled = descended(model, x, y, threat, margin <= SOUND[margin.dtype])
-        left = (margin <= SOUND[margin.dtype]) & ~fooled
+        open, points, fooled = margin <= SOUND[margin.dtype], x.clone(), torch.zeros_like(y, dtype=torch.bool)
+        if open.any():
+            points[open], fooled[open] = descended(model, x[open], y[open], threat, noise[open])
+        left = open & ~fooled
         if left.any():
             slow = certificate(model, x[left], y[left], threat, linear, AlphaCrown(self.iterations).learned)
             margin[left] = torch.maximum(margin[left], slow.margin)
@@ -212,19 +215,12 @@ class Best:
         return replace(said, status=status, counterexample=points)
 
 
-def descended(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Where PGD leads from the inputs that ``rows`` (B,) names, and which of these points the model gets wrong beyond
-    doubt."""
-    points, fooled = x.clone(), torch.zeros_like(rows)
-    for _ in range(STEPS):
-        open = rows & ~fooled
-        if not open.any():
-            break
-        goal, point = Goal(y[open]), points[open].requires_grad_()
-        with torch.enable_grad():
-            logits = model(point)
-            (gradient,) = torch.autograd.grad(goal.margin(logits).sum(), point)
-        fooled[open] = goal.margin(logits) > SOUND[logits.dtype]
-        moved = threat.step(point.detach(), x[open], gradient, 2.5 * threat.eps / STEPS)
-        points[open] = torch.where(by_row(fooled[open], moved), point.detach(), threat.project_strictly(moved, x[open]))
-    return points, fooled
+def descended(model: Defended, x: Tensor, y: Tensor, threat: ThreatModel, noise: Noise) -> tuple[Tensor, Tensor]:
+    """What PGD finds in the balls around inputs, and which of these points the model gets wrong beyond doubt."""
+    (classes,) = network(model, tuple(x.shape[1:])).output.shape
+    goal = Goal(y)
+    problem = Problem(model, x, goal, threat, noise, classes=classes)
+    length = customary_length(threat.eps, STEPS)
+    ascend(lambda at: problem.gradient(at, Goal.margin)[0], x, x, threat, STEPS, length)
+    points = threat.project_strictly(problem.best, x)
+    return points, goal.margin(ask_finally(model, points, len(x), noise)) > SOUND[x.dtype]
