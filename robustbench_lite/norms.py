@@ -36,7 +36,7 @@ class Norm(Protocol):
         """A point of the ball around ``clean`` and of the pixel range; the nearest one for linf and l1."""
 
     def steepest(self, grad: Tensor) -> Tensor:
-        """The step of size one that raises a linear function most; zero where the gradient is."""
+        """The step of size one that raises a linear function most; zero where the gradient is. A new tensor."""
 
     def sample(self, noise: Noise, like: Tensor, eps: float) -> Tensor:
         """A random point of the ball (values of l0 and patch lie in [-1, 1])."""
@@ -86,6 +86,9 @@ class Linf(_Shrinking):
 
     def project(self, delta: Tensor, eps: float) -> Tensor:
         return delta.clamp(-eps, eps)
+
+    def confine(self, x: Tensor, clean: Tensor, eps: float, lower: float, upper: float) -> Tensor:
+        return x.clamp(lower, upper).sub_(clean).clamp_(-eps, eps).add_(clean)
 
     def steepest(self, grad: Tensor) -> Tensor:
         return grad.sign()

@@ -13,7 +13,10 @@ from torch import Tensor
 from robustbench_lite.defended import LEVELS, Defended, Precision, Sources, ask, ask_finally, no_sources
 from robustbench_lite.defended import Access as Access
 from robustbench_lite.noise import Noise
+from robustbench_lite.norms import by_row
 from robustbench_lite.threat import Goal, ThreatModel
+
+LEAVE = 10  # queries from one at which solved inputs leave to the next, where to look is to wait
 
 
 class AccessError(ValueError):
@@ -77,7 +80,10 @@ class Problem:
         self._noise, self._precision = noise, precision
         self._judge = judge or model
         self._provisional = model.stochastic or precision != "float32" or self._judge is not model
+        metered = budget.forwards is not None or model.access != "gradients"
+        self._looks = metered or self._provisional or not waits(x.device)  # at masks, to see where they hold
         self._ledger, self._rows = Ledger(x), torch.arange(len(x), device=x.device)
+        self._queries, self._going = 0, self._rows
 
     def __len__(self) -> int:
         return len(self.x)
@@ -88,7 +94,7 @@ class Problem:
         part.__dict__.update(self.__dict__)
         part.x, part.goal, part.noise = self.x[mask], self.goal[mask], self.noise[mask]
         part._clean, part._goal, part._rows = self._clean[mask], self._goal[mask], self._rows[mask]
-        part._noise = self._noise[mask]
+        part._noise, part._queries = self._noise[mask], 0
         return part
 
     def unclosed(self) -> Problem:
@@ -187,8 +193,9 @@ class Problem:
             raise ValueError(f"asked about inputs of shape {tuple(x.shape)} in a batch of {tuple(self._clean.shape)}")
         draws = self._eot if differentiable else 1
         sent = self._sendable(candidates.shape[1], draws)
-        chosen = sent.flatten().nonzero()[:, 0]
+        chosen = self._leaving(sent)
         flat, everything, owners = candidates.flatten(0, 1), len(chosen) == sent.numel(), chosen // sent.shape[1]
+        counts = sent.flatten()[chosen]
         if not everything:
             flat = flat.index_select(0, chosen)
         noise = self._fresh(sent, draws) if self._model.stochastic else None
@@ -197,12 +204,15 @@ class Problem:
             answers = flat.flatten(1)[:, :1].expand(0, self.classes)  # still on the graph of x
         elif differentiable:
             each = flat if draws == 1 else flat.repeat_interleave(draws, 0)
-            counted = _Counted.apply(each, self._ledger.backwards, self._rows[owners].repeat_interleave(draws))
+            charged = self._rows[owners], counts.long()
+            counted = _Counted.apply(each, self._ledger.backwards, *(of.repeat_interleave(draws) for of in charged))
             answers = ask(self._model, counted, self._batch, True, noise, self._precision)
             answers = self._seen(_mean(answers, draws), owners)
         else:
             with torch.no_grad():
                 answers = self._seen(ask(self._model, flat, self._batch, False, noise, self._precision), owners)
+        if not self._looks:
+            answers = answers.where(counts.unsqueeze(1), torch.nan)
         self._remember(flat.detach(), answers.detach(), owners)
         if not everything:
             answers = answers.new_full((sent.numel(), self.classes), torch.nan).index_copy(0, chosen, answers)
@@ -210,7 +220,7 @@ class Problem:
 
     def _seen(self, answers: Tensor, owners: Tensor) -> Tensor:
         """The logits that an attack sees, (N, C), of inputs that belong to ``owners``."""
-        return Goal(self._goal.labels[owners], self._goal.targeted).seen(answers, self.classes)
+        return self._meant(owners).seen(answers, self.classes)
 
     def _fresh(self, sent: Tensor, draws: int) -> Noise:
         """A stream of its own for each draw of each candidate that is ``sent``: keyed by the input and by how many
@@ -229,28 +239,58 @@ class Problem:
             sent = sent & (draws * torch.arange(1, count + 1, device=left.device) <= left.unsqueeze(1))
         return sent
 
+    def _leaving(self, sent: Tensor) -> Tensor:
+        """Positions of the candidates that go to the model: those that are ``sent``, or, so that not every step waits
+        for the device, those that were a few queries ago, of which some have been solved since."""
+        if self._looks or sent.shape[1] > 1:
+            return sent.flatten().nonzero()[:, 0]
+        if self._queries % LEAVE == 0:
+            self._going = sent.flatten().nonzero()[:, 0]
+        self._queries += 1
+        return self._going
+
+    def _those(self, mask: Tensor) -> Tensor:
+        """The positions where ``mask`` holds; all positions where to look is to wait."""
+        return mask.nonzero()[:, 0] if self._looks else torch.arange(len(mask), device=mask.device)
+
     def _remember(self, x: Tensor, logits: Tensor, owners: Tensor) -> None:
         """Keeps the nearest hit of each input, if it is nearer than what the ledger has."""
-        hits = Goal(self._goal.labels[owners], self._goal.targeted).met(logits).nonzero()[:, 0]
-        if not len(hits):
+        hit = self._meant(owners).met(logits)
+        some = self._those(hit)
+        if not len(some):
             return
-        owners, unset = owners[hits], self._ledger.distance[self._rows]
-        distance = self._threat.norm.size(x[hits] - self._clean[owners])
-        nearer = (distance < unset[owners]).nonzero()[:, 0]
-        nearer = nearer[self._threat.inside(x[hits[nearer]], slack=1e-5)]
-        hits, owners, distance = hits[nearer], owners[nearer], distance[nearer]
-        if self._provisional and len(hits):
-            answers = ask_finally(self._judge, x[hits], self._batch, self._noise[owners])
-            agreed = Goal(self._goal.labels[owners], self._goal.targeted).met(self._seen(answers, owners))
-            hits, owners, distance = hits[agreed], owners[agreed], distance[agreed]
-        if not len(hits):
-            return
-        nearest = unset.scatter_reduce(0, owners, distance, "amin")
-        better = (distance == nearest[owners]).nonzero()[:, 0]
-        order = torch.full_like(self._rows, len(hits)).scatter_reduce(0, owners[better], better, "amin")
-        chosen = order[order < len(hits)]
-        rows = self._rows[owners[chosen]]
-        self._ledger.best[rows], self._ledger.distance[rows] = x[hits[chosen]], distance[chosen]
+        x, owners, known = x[some], owners[some], self._ledger.distance[self._rows]
+        size = self._threat.norm.size(x - self._clean[owners])
+        nearer = hit[some] & (size < known[owners]) & self._threat.inside(x, slack=1e-5)
+        if self._provisional:
+            nearer = nearer & self._agreed(x, owners, nearer)
+        size = size.where(nearer, torch.inf)
+        best = nearer & (size == known.scatter_reduce(0, owners, size, "amin")[owners])
+        none = len(some)
+        order = torch.arange(none, device=x.device).where(best, none)
+        first = torch.full_like(self._rows, none).scatter_reduce(0, owners, order, "amin")
+        found = self._those(first < none)
+        rows, first = self._rows[found], first[found]
+        better, first = first < none, first.clamp_max(none - 1)
+        self._ledger.best[rows] = x[first].where(by_row(better, x), self._ledger.best[rows])
+        self._ledger.distance[rows] = size[first].where(better, self._ledger.distance[rows])
+
+    def _agreed(self, x: Tensor, owners: Tensor, asked: Tensor) -> Tensor:
+        """Which of ``x`` hold when those that are ``asked`` about are judged: (N,) bool."""
+        agreed, those = torch.zeros_like(asked), asked.nonzero()[:, 0]
+        if len(those):
+            answers = ask_finally(self._judge, x[those], self._batch, self._noise[owners[those]])
+            agreed[those] = self._meant(owners[those]).met(self._seen(answers, owners[those]))
+        return agreed
+
+    def _meant(self, owners: Tensor) -> Goal:
+        """The goal of inputs that belong to ``owners``."""
+        return Goal(self._goal.labels[owners], self._goal.targeted)
+
+
+def waits(device: torch.device) -> bool:
+    """Whether to look at what a tensor holds is to wait for everything that a device was asked to compute."""
+    return device.type != "cpu"
 
 
 def _mean(answers: Tensor, draws: int) -> Tensor:
@@ -262,14 +302,14 @@ def _mean(answers: Tensor, draws: int) -> Tensor:
 
 
 class _Counted(torch.autograd.Function):
-    """The identity; each backward through it is charged to the rows that it carries."""
+    """The identity; each backward through it is charged, so many times each, to the rows that it carries."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, backwards: Tensor, rows: Tensor) -> Tensor:
-        ctx.backwards, ctx.rows = backwards, rows
+    def forward(ctx: Any, x: Tensor, backwards: Tensor, rows: Tensor, times: Tensor) -> Tensor:
+        ctx.backwards, ctx.rows, ctx.times = backwards, rows, times
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        ctx.backwards.index_add_(0, ctx.rows, torch.ones_like(ctx.rows))
-        return grads[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        ctx.backwards.index_add_(0, ctx.rows, ctx.times)
+        return grads[0], None, None, None

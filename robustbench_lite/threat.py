@@ -82,7 +82,8 @@ class ThreatModel:
             most = torch.finfo(grad.dtype).max  # room times this, not masks: on a CPU they are five times slower
             down, up = (self.lower - x).sign().clamp_max(0), (self.upper - x).sign().clamp_min(0)
             grad = grad.clamp(down * most, up * most)
-        return self.project(x.add(self.norm.steepest(grad), alpha=length), clean)
+        way = self.norm.steepest(grad)
+        return self.project(torch.add(x, way, alpha=length, out=way), clean)
 
     def sample(self, noise: Noise, clean: Tensor) -> Tensor:
         """A random admissible input near ``clean``."""

@@ -1,14 +1,18 @@
 """The door to the model: what is sent, what it costs, and what is remembered."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustbench_lite.defended import Defended
-from robustbench_lite.evaluation import frozen
+from robustbench_lite.evaluation import evaluate, frozen
 from robustbench_lite.noise import Noise
 from robustbench_lite.norms import NORMS, linf
+from robustbench_lite.outcome import BROKEN
 from robustbench_lite.problem import AccessError, Budget, Problem
+from robustbench_lite.registry import make
 from robustbench_lite.threat import Goal, ThreatModel
 from tests.nets import Linear
 
@@ -318,3 +322,72 @@ def test_an_infinite_eps_binds_nothing(norm):
     assert threat.allows(x, clean).all()
     assert threat.project(x + 1, clean).amax() <= 1 + 1e-6
     assert not threat.allows(x + 1, clean).any()
+
+
+class Looks(TorchDispatchMode):
+    """Counts what a device would be waited for."""
+
+    LOOK = {torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense, torch.ops.aten.masked_select}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += by_mask or func.overloadpacket in self.LOOK
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "spec", ["pgd:steps=40", "pgd:steps=12,restarts=3", "mi-fgsm:steps=25", "apgd:steps=30", "cw-linf"]
+)
+def test_where_to_look_is_to_wait_the_same_is_found_and_charged(spec, monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    x = torch.rand(200, 4)
+    here = evaluate(spec, net, x, net(x).argmax(1), "linf:0.1")
+    assert 20 < (here.status == BROKEN).sum() < 180
+    monkeypatch.setattr("robustbench_lite.problem.waits", lambda device: True)
+    there = evaluate(spec, net, x, net(x).argmax(1), "linf:0.1")
+    for name in set(here.columns()) - {"seconds"}:
+        np.testing.assert_array_equal(getattr(here, name), getattr(there, name), name)
+
+
+def test_no_step_waits_for_a_device(monkeypatch):
+    monkeypatch.setattr("robustbench_lite.problem.waits", lambda device: True)
+    torch.manual_seed(0)
+    net = Defended(nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3)).eval())
+    x = torch.rand(200, 4)
+    asked = Problem(
+        net, x, Goal(net(x).argmax(1)), ThreatModel(linf, 0.1), Noise(0, torch.arange(200)), classes=3, batch=200
+    )
+    with frozen(net), Looks() as looks:
+        make("attack", "pgd:steps=40")(asked)
+    assert looks.count == 5  # of 41 queries
+    assert 20 < asked.distance.isfinite().sum() < 180
+
+
+def test_where_to_look_is_to_wait_parts_and_candidates_are_asked_about_too(model, monkeypatch):
+    monkeypatch.setattr("robustbench_lite.problem.waits", lambda device: True)
+    asked, some = problem(model), torch.tensor([False, True, False, True, True])
+    many = torch.stack([MISS, MISS + 0.001, MISS - 0.001], 1)
+    for _ in range(2):
+        torch.testing.assert_close(asked.gradient(MISS)[1], model(MISS))
+        torch.testing.assert_close(asked.logits(many), model(many.flatten(0, 1)).view(5, 3, 2))
+        torch.testing.assert_close(asked[some].gradient(MISS[some])[1], model(MISS[some]))
+
+
+class Metered(Defended):
+    access = "labels"
+
+
+@pytest.mark.parametrize(("metered", "budget", "queries"), [(Metered, Budget(), 5), (Defended, Budget(3), 3)])
+def test_what_is_metered_is_not_asked_once_too_often(model, metered, budget, queries, monkeypatch):
+    monkeypatch.setattr("robustbench_lite.problem.waits", lambda device: True)
+    asked = problem(metered(model).eval(), budget=budget, access="labels")
+    for _ in range(5):
+        asked.labels(moved(0.15, 0, 0, 0, 0))
+    assert [bool((x[:, 0] > 0.6).any()) for x in model.asked] == [True, *[False] * (queries - 1)]
