@@ -129,9 +129,10 @@ def ask(
         missing = max(0, model.least - len(piece)) if len(piece) else 0
         drawn = noise and noise[start * size : (start + 1) * size].padded(missing)
         # A copy even where nothing is missing: a model that works in place must not change what is judged.
-        padded = torch.cat([piece, piece[-1:].detach().expand(missing, *piece.shape[1:])])
+        filling = [piece[-1:].detach().expand(missing, *piece.shape[1:])] if missing else []
         with kernels, computing_in(precision, x.device):
-            answer = model.answer(padded, differentiable, drawn)[: len(piece)]
+            answer = model.answer(torch.cat([piece, *filling]), differentiable, drawn)
+        answer = answer[: len(piece)] if missing else answer
         answers.append(answer.to(x.dtype) if precision == "bf16" else answer)
     return answers[0] if len(answers) == 1 else torch.cat(answers)
 

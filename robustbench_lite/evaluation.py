@@ -27,7 +27,6 @@ from robustbench_lite.defended import (
 )
 from robustbench_lite.layout import Layout, channels_last
 from robustbench_lite.noise import Noise
-from robustbench_lite.norms import by_row
 from robustbench_lite.outcome import (
     BROKEN,
     CHUNK,
@@ -46,6 +45,7 @@ from robustbench_lite.problem import Access, Problem
 from robustbench_lite.threat import Goal, ThreatModel
 from robustbench_lite.wording import one_line, require_one_of
 
+BATCH = 500  # inputs attacked at once, in whole chunks: fewer cost more Python, more are longer in coming
 REASON = 200  # characters that a reason keeps
 Target = int | Literal["next", "random", "least-likely"]
 
@@ -59,7 +59,7 @@ def evaluate(
     *,
     seed: int = 0,
     target: Target | None = None,
-    batch: int = 400,
+    batch: int = BATCH,
     keep_all: bool = False,
     first_row: int = 0,
     adaptive: bool = True,
@@ -117,7 +117,7 @@ def fit_attack(
     *,
     seed: int = 0,
     target: Target | None = None,
-    batch: int = 400,
+    batch: int = BATCH,
 ) -> Attack:
     """The attack with what it learns about a classifier from training data, ready for :func:`evaluate`.
 
@@ -281,7 +281,7 @@ class Bench:
     classes: int
     seed: int = 0
     target: Target | None = None
-    batch: int = 400
+    batch: int = BATCH
     keep_all: bool = False
     adaptive: bool = True
     sources: Sources = no_sources
@@ -422,23 +422,27 @@ class Bench:
         reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
         raised = "the model answered the attack with NaN or infinite logits"
-        label, points, right = torch.full_like(y, -1), x.clone(), torch.zeros(len(x), dtype=torch.float64)
-        distance, hit = torch.zeros(len(x), dtype=torch.float64, device=x.device), torch.zeros_like(near)
+        label, points, hit = torch.full_like(y, -1), x.clone(), torch.zeros_like(near)
+        distance, right = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
         for proposed, valid in ((candidates, admissible), (problem.best, near)):
-            strict = threat.project_strictly(torch.where(by_row(valid, x), proposed, x), x)
+            which = valid.nonzero()[:, 0]
+            if not len(which):
+                continue
+            strict, meant = threat.project_strictly(proposed[which], x[which]), goal[which]
             try:
-                answers = ask_finally(self.model, strict, self.batch, noise)
+                answers = ask_finally(self.model, strict, self.batch, noise[which])
             except (Unfinished, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # what a model raises at an attack's point is a result, as its NaN is
                 raised = f"{ERROR}the model raised: {one_line(error)}"[:REASON]
-                answers = x.new_full((len(x), self.classes), torch.nan)
-            size, says = threat.norm.size(strict.double() - x.double()), predicted(self.model, answers)
-            better = valid & goal.met(goal.seen(answers, self.classes)) & ~(hit & (size >= distance))
-            first = better | (valid & (label == -1) & answers.isfinite().all(1))
-            label, distance = torch.where(first, says, label), torch.where(first, size, distance)
-            right = torch.where(first.cpu(), share_right(self.model, answers, y).cpu(), right)
-            points[better], hit = strict[better], hit | better
+                answers = x.new_full((len(which), self.classes), torch.nan)
+            size = threat.norm.size(strict.double() - x[which].double())
+            better = meant.met(meant.seen(answers, self.classes)) & ~(hit[which] & (size >= distance[which]))
+            first = better | ((label[which] == -1) & answers.isfinite().all(1))
+            kept = which[first]
+            label[kept], distance[kept] = predicted(self.model, answers)[first], size[first]
+            right[kept] = share_right(self.model, answers, y[which])[first]
+            points[which[better]], hit[which[better]] = strict[better], True
         broken = hit.cpu().numpy()
         reason[(reason == "") & (label == -1).cpu().numpy()] = raised
         reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
@@ -447,7 +451,7 @@ class Bench:
             "reason": reason,
             "adversarial": label.cpu().numpy(),
             "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
-            "share": right.numpy(),
+            "share": right.cpu().numpy(),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
             "points": points,

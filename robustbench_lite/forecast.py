@@ -14,14 +14,14 @@ from robustbench_lite import registry
 from robustbench_lite.certifying import Court
 from robustbench_lite.data import Images
 from robustbench_lite.defended import Defended, Precision, ask, computing, device_of
-from robustbench_lite.evaluation import Target, check, frozen
+from robustbench_lite.evaluation import BATCH, Target, check, frozen
 from robustbench_lite.layout import Layout
 from robustbench_lite.matrix import prepare
 from robustbench_lite.noise import Noise
 from robustbench_lite.outcome import CHUNK, Certified, Outcome, Rows
 from robustbench_lite.planning import Assault
 from robustbench_lite.plugins import Certifier, learns
-from robustbench_lite.runner import BATCH, SILENT, Watcher, cell_of, spans
+from robustbench_lite.runner import SILENT, Watcher, cell_of, spans
 from robustbench_lite.store import Cell, Store
 from robustbench_lite.tasks import Span, Station
 from robustbench_lite.threat import ThreatModel

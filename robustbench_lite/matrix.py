@@ -19,7 +19,7 @@ from robustbench_lite.claims import Claims
 from robustbench_lite.cluster import Cluster
 from robustbench_lite.defended import Precision, computing
 from robustbench_lite.entries import Entry, Found, Probe, Proof, Setting, violations
-from robustbench_lite.evaluation import Target
+from robustbench_lite.evaluation import BATCH, Target
 from robustbench_lite.files import replacing
 from robustbench_lite.layout import Layout
 from robustbench_lite.norms import NORMS
@@ -27,7 +27,7 @@ from robustbench_lite.outcome import ERROR, UNKNOWN, Certified, Outcome, Probed
 from robustbench_lite.planning import Plan, plan
 from robustbench_lite.plugins import Attack, Certifier
 from robustbench_lite.pool import Pool
-from robustbench_lite.runner import BATCH, ROOMY, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
+from robustbench_lite.runner import ROOMY, SILENT, Runner, Watcher, entry_of, place_of, probe_of, proof_of
 from robustbench_lite.store import Store
 from robustbench_lite.tasks import Answer, Executor, Here, Station, Task
 from robustbench_lite.threat import ThreatModel

@@ -29,8 +29,7 @@ from robustbench_lite.threat import ThreatModel
 from robustbench_lite.trained import Subject
 from robustbench_lite.training import Progress
 
-BATCH = 400  # inputs attacked at once: whole chunks, and whole multiples of what a physical batch is padded to
-ROOMY = 3200  # where there is a GPU; as often as that is too much for its memory, it is halved
+ROOMY = 3200  # inputs attacked at once where there is a GPU; as often as its memory is too small, it is halved
 LESSON: Span = (0, 0)  # stands for what an attack learns first
 POLL = 1.0  # seconds after which it is looked again for what another run computes
 
