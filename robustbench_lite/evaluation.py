@@ -1,8 +1,10 @@
 """One attack against one defended model: the attack proposes, this module judges."""
 
+from __future__ import annotations
+
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -264,6 +266,29 @@ def predict(model: Defended, x: Tensor, noise: Noise, batch: int) -> Tensor:
     return logits
 
 
+Proposal = tuple[Tensor, Tensor]  # points, and which of them lie within the threat model
+
+
+@dataclass
+class Verdict:
+    """What the model says of proposed points: the ``label``, -1 where it says nothing, for which ``why`` is the reason,
+    and which ``hit``; of several hits the nearest. ``share`` is that of right answers at the point."""
+
+    label: Tensor
+    hit: Tensor
+    distance: Tensor
+    share: Tensor
+    points: Tensor
+    why: str = "the model answered the attack with NaN or infinite logits"
+
+    @classmethod
+    def none(cls, x: Tensor) -> Verdict:
+        """Before anything was proposed for inputs ``x``."""
+        label = torch.full((len(x),), -1, device=x.device)
+        distance, share = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
+        return cls(label, label > 0, distance, share, x.clone())
+
+
 @dataclass
 class Room:
     """How many inputs at once fit in the device's memory, as far as is known."""
@@ -421,41 +446,46 @@ class Bench:
         found = near.cpu().numpy()
         reason[found] = "what the attack found did not hold when the model was asked again" if self.adaptive else ""
 
-        raised = "the model answered the attack with NaN or infinite logits"
-        label, points, hit = torch.full_like(y, -1), x.clone(), torch.zeros_like(near)
-        distance, right = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
-        for proposed, valid in ((candidates, admissible), (problem.best, near)):
-            which = valid.nonzero()[:, 0]
-            if not len(which):
-                continue
-            strict, meant = threat.project_strictly(proposed[which], x[which]), goal[which]
-            try:
-                answers = ask_finally(self.model, strict, self.batch, noise[which])
-            except (Unfinished, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # what a model raises at an attack's point is a result, as its NaN is
-                raised = f"{ERROR}the model raised: {one_line(error)}"[:REASON]
-                answers = x.new_full((len(which), self.classes), torch.nan)
-            size = threat.norm.size(strict.double() - x[which].double())
-            better = meant.met(meant.seen(answers, self.classes)) & ~(hit[which] & (size >= distance[which]))
-            first = better | ((label[which] == -1) & answers.isfinite().all(1))
-            kept = which[first]
-            label[kept], distance[kept] = predicted(self.model, answers)[first], size[first]
-            right[kept] = share_right(self.model, answers, y[which])[first]
-            points[which[better]], hit[which[better]] = strict[better], True
-        broken = hit.cpu().numpy()
-        reason[(reason == "") & (label == -1).cpu().numpy()] = raised
+        verdict = self._judge(x, goal, y, noise, threat, ((candidates, admissible), (problem.best, near)))
+        label, broken = verdict.label.cpu().numpy(), verdict.hit.cpu().numpy()
+        reason[(reason == "") & (label == -1)] = verdict.why
         reason[broken] = failure if minimises else ""  # had it gone on, it might have come nearer
         return {
             "status": np.where(broken, BROKEN, np.where(reason == "", HELD, UNKNOWN)),
             "reason": reason,
-            "adversarial": label.cpu().numpy(),
-            "distance": np.where(broken | (label == REJECTED).cpu().numpy(), distance.cpu().numpy(), np.nan),
-            "share": right.cpu().numpy(),
+            "adversarial": label,
+            "distance": np.where(broken | (label == REJECTED), verdict.distance.cpu().numpy(), np.nan),
+            "share": verdict.share.cpu().numpy(),
             "forwards": problem.forwards.cpu().numpy(),
             "backwards": problem.backwards.cpu().numpy(),
-            "points": points,
+            "points": verdict.points,
         }
+
+    def _judge(
+        self, x: Tensor, goal: Goal, y: Tensor, noise: Noise, threat: ThreatModel, proposals: Iterable[Proposal]
+    ) -> Verdict:
+        """Asks the model about what is proposed, as it finally answers."""
+        verdict = Verdict.none(x)
+        for proposed, valid in proposals:
+            which = valid.nonzero()[:, 0]
+            if not len(which):
+                continue
+            points, meant = threat.project_strictly(proposed[which], x[which]), goal[which]
+            try:
+                answers = ask_finally(self.model, points, self.batch, noise[which])
+            except (Unfinished, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # what a model raises at an attack's point is a result, as its NaN is
+                verdict.why = f"{ERROR}the model raised: {one_line(error)}"[:REASON]
+                answers = x.new_full((len(which), self.classes), torch.nan)
+            met, distance = meant.met(meant.seen(answers, self.classes)), threat.norm.size(points.double() - x[which])
+            better = met & ~(verdict.hit[which] & (distance >= verdict.distance[which]))
+            first = better | ((verdict.label[which] == -1) & answers.isfinite().all(1))
+            said, held = which[first], share_right(self.model, answers, y[which])
+            verdict.label[said], verdict.distance[said] = predicted(self.model, answers)[first], distance[first]
+            verdict.share[said] = held[first]
+            verdict.points[which[better]], verdict.hit[which[better]] = points[better], True
+        return verdict
 
 
 def _propose(attack: Attack, problem: Problem, x: Tensor) -> tuple[Tensor, str]:
