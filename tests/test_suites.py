@@ -275,9 +275,36 @@ SPOTS = [(key,) for key in [*SUITE, "model", "new"]] + [
 ]
 
 
-@given(st.lists(st.tuples(st.sampled_from(SPOTS), VALUES), min_size=1, max_size=3))
+CHANGES = st.lists(st.tuples(st.sampled_from(SPOTS), VALUES), min_size=1, max_size=3)
+BYTES = st.binary(max_size=60) | st.text(max_size=60).map(str.encode)
+
+
+@given(CHANGES)
 @settings(max_examples=100, deadline=None)
 def test_a_mangled_file_gets_an_answer_or_one_line(tmp_path_factory, changes):
+    said(mangled(tmp_path_factory.getbasetemp() / "mangled.toml", changes))
+
+
+@given(BYTES)
+@settings(deadline=None)
+def test_any_bytes_get_one_line(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "any.toml"
+    file.write_bytes(content)
+    assert said(str(file))
+
+
+@pytest.mark.soak
+@given(CHANGES, BYTES)
+@settings(max_examples=10_000, deadline=None)
+def test_ten_thousand_files_get_an_answer_or_one_line(tmp_path_factory, changes, content):
+    file = tmp_path_factory.getbasetemp() / "soaked.toml"
+    said(mangled(file, changes))
+    file.write_bytes(content)
+    assert said(str(file))
+
+
+def mangled(file: Path, changes: list[tuple[tuple[str, ...], Any]]) -> str:
+    """Writes a suite in which some values are others, or missing."""
     table: Any = json.loads(json.dumps(SUITE))
     for path, value in changes:
         inner = table
@@ -287,15 +314,7 @@ def test_a_mangled_file_gets_an_answer_or_one_line(tmp_path_factory, changes):
             inner[path[-1]] = value
             if value is None:
                 del inner[path[-1]]
-    said(written(table, str(tmp_path_factory.getbasetemp() / "mangled.toml")))
-
-
-@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
-@settings(deadline=None)
-def test_any_bytes_get_one_line(tmp_path_factory, content):
-    file = tmp_path_factory.getbasetemp() / "any.toml"
-    file.write_bytes(content)
-    assert said(str(file))
+    return written(table, str(file))
 
 
 def said(file: str) -> str:
