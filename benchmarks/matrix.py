@@ -4,7 +4,8 @@
     python benchmarks/matrix.py runs/ benchmarks/results/mnist
 
 Writes mnist.csv (the leaderboard), mnist-matrix.csv, mnist-tables.md (both, to be read) and mnist.zip: the results
-folder without images, of which, unpacked, `robust-bench leaderboard` makes the same tables.
+folder without images, of which, unpacked, `robust-bench leaderboard` makes the same tables, and from which a run that
+was not finished goes on.
 """
 
 import sys
