@@ -232,8 +232,8 @@ def benchmark(
     Raises:
         ValueError: for anything that cannot be run as asked; in one line.
     """
-    if workers < 0 or threads < 1:
-        raise ValueError(f"workers must be 0 or more and threads 1 or more, not {workers} and {threads}")
+    if workers < 0:
+        raise ValueError(f"workers must be 0 or more, not {workers}")
     if timeout is not None and not 0 < timeout < float("inf"):
         raise ValueError(f"timeout must be above 0 seconds, not {timeout:g}")
     images, workshop, wanted = prepare(

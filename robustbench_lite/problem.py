@@ -193,7 +193,7 @@ class Problem:
             raise ValueError(f"asked about inputs of shape {tuple(x.shape)} in a batch of {tuple(self._clean.shape)}")
         draws = self._eot if differentiable else 1
         sent = self._sendable(candidates.shape[1], draws)
-        chosen = self._leaving(sent)
+        chosen = self._chosen(sent)
         flat, everything, owners = candidates.flatten(0, 1), len(chosen) == sent.numel(), chosen // sent.shape[1]
         counts = sent.flatten()[chosen]
         if not everything:
@@ -239,7 +239,7 @@ class Problem:
             sent = sent & (draws * torch.arange(1, count + 1, device=left.device) <= left.unsqueeze(1))
         return sent
 
-    def _leaving(self, sent: Tensor) -> Tensor:
+    def _chosen(self, sent: Tensor) -> Tensor:
         """Positions of the candidates that go to the model: those that are ``sent``, or, so that not every step waits
         for the device, those that were a few queries ago, of which some have been solved since."""
         if self._looks or sent.shape[1] > 1:

@@ -1,5 +1,6 @@
 """Whatever is typed gets an answer or one line, and whatever a suite's file says."""
 
+import shlex
 import string
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from robustbench_lite import cli, data
@@ -195,6 +196,7 @@ def trying(count: int) -> settings:
 
 
 @given(lines())
+@example(shlex.split("--dataset digits --model model.py:load --n 10 --attack fgsm --threads 0 --dry-run"))
 @trying(150)
 def test_whatever_is_typed_gets_an_answer_or_one_line(desk, capsys, line):
     answered(line, capsys)
