@@ -79,6 +79,8 @@ class Station:
     def __post_init__(self) -> None:
         require_one_of("precision", self.precision, Precision)
         require_one_of("layout", self.layout, Layout)
+        if self.seed.bit_length() > 63:  # tables could not hold it
+            raise ValueError(f"seed must have less than 64 bits, not {self.seed}")
         if self.threads < 1:
             raise ValueError(f"threads must be 1 or more, not {self.threads}")
         if self.eot is not None and self.eot < 1:
