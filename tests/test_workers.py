@@ -29,7 +29,7 @@ from tests.outcomes import Notes
 TABLES = ("leaderboard", "matrix", "rows", "certificates", "certified_rows")
 
 PLUGINS = '''
-import os, time
+import os, resource, threading, time
 import torch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -54,6 +54,25 @@ class Careful:
             {"hang": lambda: time.sleep(600), "exit": lambda: os._exit(3), "raise": lambda: 1 / 0}[self.evil]()
         gradient, _ = problem.gradient(problem.x)
         return problem.threat.step(problem.x, problem.x, gradient, problem.threat.eps)
+
+HOARD = []
+
+@attack("leaky")
+@dataclass(frozen=True)
+class Leaky(Careful):
+    """A gradient step, before which memory, until there is no more, or threads are taken and never given back."""
+    what: str = "memory"
+
+    def __call__(self, problem):
+        if self.what == "threads":
+            for _ in range(100):
+                threading.Thread(target=time.sleep, args=(600,)).start()
+        else:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), -1))
+            while True:
+                HOARD.append(bytearray(1 << 22))
+        return super().__call__(problem)
 
 @attack("pupil")
 @dataclass(frozen=True)
@@ -229,6 +248,20 @@ def test_a_plugin_costs_its_own_chunk_only(here: Path, weights: Path, evil: str,
         assert calls() == [100]
         assert again.unknown == 0
         assert again.rows()["status"].tolist() == peace.rows()["status"].tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads what a process has taken")
+@pytest.mark.parametrize("what", ["memory", "threads"])
+def test_a_plugin_that_leaks_takes_its_own_process_down_at_most(here: Path, weights: Path, what: str):
+    peace = bench(weights, "careful", out="peace", n=230).rows()
+    rows = bench(weights, f"leaky:what={what}", "careful", n=230, isolate=True).rows()
+    leaky, right = rows["attack"].str.startswith("leaky"), rows["status"] != "wrong"
+    assert rows["status"][~leaky].tolist() == peace["status"].tolist()
+    if what == "threads":
+        assert rows["status"][leaky].tolist() == peace["status"].tolist()
+    else:
+        assert set(rows["status"][leaky & right]) == {"unknown"}
+        assert all("MemoryError" in reason or "process ended" in reason for reason in rows["reason"][leaky & right])
 
 
 @pytest.mark.parametrize(
