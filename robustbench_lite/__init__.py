@@ -1,10 +1,15 @@
 """Adversarial robustness on one row: what survives every attack, and whether the evaluation was sound."""
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# Else the last bits of a matrix product may depend on where in memory its rows lie, and so on the batch. MKL reads this
+# when it is first used, hence it stands before all else.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 # In a wheel the plugin folders lie inside this package, in a checkout beside it.
 __path__ += [str(toml.parent) for toml in Path(__file__).resolve().parents[1].glob("pyproject.toml")]

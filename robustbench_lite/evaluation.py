@@ -286,7 +286,7 @@ class Verdict:
         """Before anything was proposed for inputs ``x``."""
         label = torch.full((len(x),), -1, device=x.device)
         distance, share = torch.zeros(2, len(x), dtype=torch.float64, device=x.device)
-        return cls(label, label > 0, distance, share, x.clone())
+        return cls(label, torch.zeros_like(label, dtype=torch.bool), distance, share, x.clone())
 
 
 @dataclass

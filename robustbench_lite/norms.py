@@ -88,7 +88,7 @@ class Linf(_Shrinking):
         return delta.clamp(-eps, eps)
 
     def confine(self, x: Tensor, clean: Tensor, eps: float, lower: float, upper: float) -> Tensor:
-        return x.clamp(lower, upper).sub_(clean).clamp_(-eps, eps).add_(clean)
+        return x.clamp(lower, upper).sub_(clean).clamp_(-eps, eps).add_(clean)  # in place: a third off a step
 
     def steepest(self, grad: Tensor) -> Tensor:
         return grad.sign()

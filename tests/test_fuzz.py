@@ -138,7 +138,7 @@ BASE = {
     "--eps": "0.1",
 }
 ROOT = typer.main.get_command(cli.app)
-COMMANDS: dict[str, Any] = {"": ROOT, **ROOT.commands}  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {"": ROOT, **ROOT.commands}
 LONG = {"train"}  # trains for whatever is asked
 
 

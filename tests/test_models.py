@@ -271,6 +271,16 @@ def test_the_batch_changes_no_bit_of_an_answer(name: str):
         assert torch.equal(ask(model, x[500:511], 1), answers[500:511])
 
 
+@pytest.mark.parametrize("width", [27, 54, 64])
+def test_it_changes_no_bit_where_a_row_lies(width: int):
+    torch.manual_seed(0)
+    model, x = Defended(nn.Linear(width, 4)), torch.randn(128, width)
+    with torch.no_grad():
+        answers = ask(model, x, 128)
+        for first in range(1, 33):
+            assert torch.equal(ask(model, x[first : first + 64], 64), answers[first : first + 64])
+
+
 class Spy(Defended):
     """Keeps what it was asked; every answer depends on the whole batch."""
 

@@ -29,7 +29,7 @@ from tests.outcomes import Notes
 TABLES = ("leaderboard", "matrix", "rows", "certificates", "certified_rows")
 
 PLUGINS = '''
-import os, resource, threading, time
+import os, threading, time
 import torch
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +68,7 @@ class Leaky(Careful):
             for _ in range(100):
                 threading.Thread(target=time.sleep, args=(600,)).start()
         else:
+            import resource  # not everywhere, and nor is what follows
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), -1))
             while True:

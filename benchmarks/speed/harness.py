@@ -20,6 +20,7 @@ from robustbench_lite.matrix import benchmark, load
 from robustbench_lite.store import Store
 
 PGD = "pgd:steps=40"
+ROUNDS = 5
 
 
 @contextmanager
@@ -44,12 +45,12 @@ def timed_calls(spent: list[float]) -> Iterator[None]:
         Defended.answer, torch.autograd.grad = forward, grad
 
 
-def overhead(n: int, rounds: int = 5) -> str:
+def overhead(n: int) -> str:
     """All that is not a forward or a backward pass: noise, steps, projections, judging, storing, tables; but for what
     Python imports once. The median of some runs."""
     timed(10)
-    runs = sorted((1 - model / whole, whole, model) for whole, model in (timed(n) for _ in range(rounds)))
-    share, whole, model = runs[rounds // 2]
+    runs = sorted((1 - model / whole, whole, model) for whole, model in (timed(n) for _ in range(ROUNDS)))
+    share, whole, model = runs[ROUNDS // 2]
     return f"{PGD} on {n} MNIST images: {whole:.2f} s, of which the model {model:.2f} s: {share:.1%} beside it"
 
 
